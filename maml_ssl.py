@@ -1,0 +1,730 @@
+"""MAML over self-supervised tasks: pretext tasks in the inner loop, the desired one in the outer.
+
+    python maml_ssl.py                                  # embedded dataset, minutes on 2 CPU cores
+    python maml_ssl.py --dataset cifar10                # downloads CIFAR-10; sized for one GPU
+    python maml_ssl.py --dataset FOLDER --labels-per-class 100
+
+Model-agnostic meta-learning (Finn et al. 2017, arXiv 1703.03400, section 2) with one change: there
+both loops share one loss, here the inner loss is that of a pretext task t, the outer loss the
+classification of labelled images after adapting to t:
+
+    K times      (theta, phi_t) <- (theta, phi_t) - alpha grad L_t(theta, phi_t)   on support images
+    outer loss = sum_t B_t/B CE(psi(f_theta_K(query images of t)), labels)
+                 + beta mean_t L_t(theta, phi_t)
+
+theta: encoder f, phi_t: head of pretext task t, psi: head of the desired task; alpha: --inner-lr,
+K: --inner-steps, beta: --pretext-weight; B_t of the B labelled query images fall to task t.
+AdamW moves theta, every phi_t and psi along the exact (second-order) gradient of the outer loss.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from tqdm import tqdm
+
+import pretext
+
+# --- shared: arguments ---
+DATASETS = {  # name: torchvision's class, default source
+    "shapes": (None, "shapes"),
+    "cifar10": (torchvision.datasets.CIFAR10, "cifar100"),
+    "cifar100": (torchvision.datasets.CIFAR100, "cifar10"),
+    "mnist": (torchvision.datasets.MNIST, "fashion_mnist"),
+    "fashion_mnist": (torchvision.datasets.FashionMNIST, "mnist"),
+}
+SMALL = {"steps": 300, "eval_every": 50, "batch_size": 64, "width": 16}  # shapes: 2 CPU cores
+LARGE = {"steps": 10_000, "eval_every": 500, "batch_size": 128, "width": 32}  # others: one GPU
+ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")  # no configuration
+
+
+def fail(message: object, code: int = 2):
+    """End with one line that says what is wrong and what to do; code 2: the user can mend it."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def number(kind: type, low: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least (or, with `above`, more than) `low`."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if value < low or (above and value == low) or not value < 1e9:
+            bound = f"{'above' if above else 'at least'} {low} and below 1e9"
+            raise argparse.ArgumentTypeError(f"{text} must be {bound}")
+        return value
+
+    convert.__name__ = kind.__name__  # for argparse's own "invalid int value"
+    return convert
+
+
+def common_arguments(prog: str, about: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that every arm has; None stands for a default found later."""
+    parser = argparse.ArgumentParser(prog, description=about)
+    parser.error = lambda message: fail(f"{message}; see --help")
+    count, positive, zero = number(int, 1), number(float, 0, above=True), number(float, 0)
+    sized = {k: f"(default: {SMALL[k]} for shapes, {LARGE[k]} otherwise)" for k in SMALL}
+    is_ = "(default: %(default)s)"
+    add = parser.add_argument_group("run").add_argument
+    add("--steps", type=count, help=f"optimizer steps, pretraining included {sized['steps']}")
+    add("--eval-every", type=count, help=f"steps {sized['eval_every']}")
+    add("--lr", type=positive, default=1e-3, help=f"learning rate of AdamW {is_}")
+    add("--weight-decay", type=zero, default=0.01, help=f"of AdamW {is_}")
+    add("--warmup-steps", type=number(int, 0), default=50, help=f"linear, in each phase {is_}")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help=f"after it {is_}")
+    add("--ema", type=zero, default=0.98, help=f"decay of the averaged weights, 0: none {is_}")
+    add("--seed", type=number(int, 0), default=0, help=f"of everything that is drawn {is_}")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--out", default="runs", help=f"the log goes to OUT/NAME/seed<k>/ {is_}")
+    add(
+        "--name", help="(default: the arm, the dataset and the flags that are not at their default)"
+    )
+    add("--resume", action="store_true", help="go on where the run broke off, if it did")
+    add("--overwrite", action="store_true", help="drop what the run directory holds")
+    add = parser.add_argument_group("data and backbone").add_argument
+    kinds = f"{', '.join(DATASETS)}, or a folder with train/CLASS/ and test/CLASS/ (or val/CLASS/)"
+    other = ", ".join(f"{source} for {name}" for name, (_, source) in DATASETS.items())
+    add("--dataset", default="shapes", help=f"desired task: {kinds}; shapes are drawn {is_}")
+    add("--source", help=f"another dataset or folder (default: {other}, by its other classes)")
+    add("--data-dir", default="data", help=f"for downloads and decoded folders {is_}")
+    add("--labels-per-class", type=count, help="images of each class, no others (default: all)")
+    add("--eval-on", choices=("test", "val"), default="test", help=f"val: 1/5 of the labels {is_}")
+    add("--batch-size", type=count, help=f"labelled images a step {sized['batch_size']}")
+    add("--image-size", type=count, default=32, help=f"pixels, a multiple of 8 {is_}")
+    add("--backbone", choices=("conv", "resnet18"), default="conv", help=f"the encoder {is_}")
+    add("--width", type=count, help=f"channels of conv's first block {sized['width']}")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Fill in the defaults that depend on others, name the run, check what all arms share."""
+    dataset = parser.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**(SMALL if dataset == "shapes" else LARGE))
+    args, plain = parser.parse_args(argv), parser.parse_args([f"--dataset={dataset}"])
+    if not args.name:
+        changed = {k: v for k, v in vars(args).items() if v != vars(plain)[k]}
+        text = {k: "+".join(v) if isinstance(v, list) else v for k, v in changed.items()}
+        flags = [f"{k}={v}" for k, v in text.items() if k not in (*ELSEWHERE, "dataset")]
+        name = "-".join([Path(parser.prog).stem, dataset, *flags])
+        args.name = re.sub(r"[^\w.=+-]", "_", name)
+    args.source = args.source or DATASETS.get(dataset, (None, None))[1]
+    for flag, name in ("--dataset", dataset), ("--source", args.source):
+        if name and name not in DATASETS and not Path(name).is_dir():
+            fail(f"{flag} {name}: no such folder, and none of {', '.join(DATASETS)}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f"--device {args.device} is not to be had here; --device cpu always is")
+    if args.image_size % 8:
+        fail(f"--image-size {args.image_size}: take a multiple of 8")
+    if args.ema >= 1:
+        fail(f"--ema {args.ema}: take a number below 1")
+    return args
+
+
+# --- end shared: arguments ---
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common_arguments("maml_ssl.py", __doc__.split("\n")[0])
+    add = parser.add_argument_group("algorithm").add_argument
+    default = f"(default: {' '.join(pretext.DEFAULT_TASKS)}; without colorization for gray images)"
+    add("--pretext", nargs="+", choices=pretext.TASKS, help=f"inner-loop tasks {default}")
+    add("--inner-lr", type=number(float, 0), default=0.01, help="alpha")
+    add("--inner-steps", type=number(int, 1), default=1, help="K")
+    add("--first-order", action="store_true", help="drop the second derivatives")
+    add("--pretext-weight", type=number(float, 0), default=0.1, help="beta")
+    add("--inner", choices=("per-task", "joint"), default="per-task", help="one adaptation for each"
+        " task, or one by the mean pretext loss")  # fmt: skip
+    add("--support", choices=("disjoint", "query"), default="disjoint", help="images to adapt to:"
+        " others than the query, or the query itself, unlabelled (transductive)")  # fmt: skip
+    add("--support-batch-size", type=number(int, 2), help="images for each task (default: half a"
+        " batch)")  # fmt: skip
+    add("--pretext-images", choices=("target", "both"), default="target", help="both: the source's"
+        " images too, without labels")  # fmt: skip
+    args = parse(parser, argv)
+    gray = args.dataset in ("mnist", "fashion_mnist")
+    args.pretext = args.pretext or [
+        t for t in pretext.DEFAULT_TASKS if t != "colorization" or not gray
+    ]
+    args.support_batch_size = args.support_batch_size or max(2, args.batch_size // 2)
+    if args.inner_lr == 0:
+        args.inner_steps = 1  # theta stays where it is, however many steps it takes
+    if len({*args.pretext}) < len(args.pretext):
+        fail(f"--pretext {' '.join(args.pretext)}: name each task once")
+    if args.first_order and args.pretext_weight == 0:
+        fail("--first-order --pretext-weight 0: the pretext heads would never learn; give a weight")
+    if args.pretext_images == "both" and not args.source:
+        fail(f"--pretext-images both: --dataset {args.dataset} has no default --source; give one")
+    if args.inner == "per-task" and args.batch_size < len(args.pretext):
+        fail(f"--batch-size {args.batch_size}: each of {len(args.pretext)} tasks needs an image")
+    return args
+
+
+# --- shared: data ---
+class Data(NamedTuple):
+    """A dataset on the device: images [N, 3, H, W] uint8, labels [N] int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    flip: bool  # does a mirrored image keep its label?
+
+
+def rng(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> torch.Generator:
+    """The generator of one purpose at one step: no draw shifts another, none needs to be saved."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """-> (images, labels) of train/ and of test/ or val/; decoded once, until a file changes."""
+    test = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
+    try:
+        splits = [torchvision.datasets.ImageFolder(root / split) for split in ("train", test)]
+    except OSError as error:
+        fail(f"{root}: {error}; every class needs images, in train/CLASS/ and {test}/CLASS/")
+    if odd := {*splits[0].classes} ^ {*splits[1].classes}:
+        fail(f"{root}: classes in only one of train/ and {test}/: {', '.join(sorted(odd))}")
+    stats = [(path, os.stat(path)) for split in splits for path, _ in split.samples]
+    key = hashlib.sha256(
+        repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()
+    ).hexdigest()
+    copy = Path(args.data_dir, f"decoded-{root.resolve().name}-{args.image_size}.pt")
+    with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError):
+        return torch.load(copy, weights_only=True)[key]  # KeyError: of other files
+    decoded, size = [], (args.image_size, args.image_size)
+    for split in splits:
+        images = torch.empty(len(split.samples), 3, *size, dtype=torch.uint8)
+        for i, (path, _) in enumerate(tqdm(split.samples, f"decoding {split.root}", leave=False)):
+            try:  # the central square, scaled
+                images[i] = pil_to_tensor(ImageOps.fit(Image.open(path).convert("RGB"), size))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                fail(f"{path} is no readable image ({error}); mend or remove it")
+        decoded.append((images, torch.tensor(split.targets)))
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({key: decoded}, f"{copy}.{os.getpid()}")
+    os.replace(f"{copy}.{os.getpid()}", copy)
+    return decoded
+
+
+def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
+    """A dataset by its name or folder; `source`: the source classes of shapes."""
+    if name == "shapes":
+        classes = "source" if source else "target"
+        splits = [pretext.draw_shapes(n, classes, seed) for n, seed in ((2000, 0), (1000, 1))]
+    elif name in DATASETS:
+        try:
+            sets = [DATASETS[name][0](args.data_dir, t, download=True) for t in (True, False)]
+        except (OSError, RuntimeError) as error:
+            ways = "--dataset shapes and a folder of images need no network"
+            fail(f"{name} is not in {args.data_dir} and can't be downloaded ({error}); {ways}")
+        splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
+        rgb = {3: lambda x: x[:, None].expand(-1, 3, -1, -1), 4: lambda x: x.movedim(3, 1)}
+        splits = [(rgb[images.ndim](images), labels) for images, labels in splits]
+    else:
+        splits = load_folder(Path(name), args)
+    size = [args.image_size, args.image_size]
+    splits = [(resize(x, size).contiguous().to(args.device), y.to(args.device)) for x, y in splits]
+    return Data(*splits[0], *splits[1], flip=name != "mnist")
+
+
+def load_target(args: argparse.Namespace) -> Data:
+    """The desired task within its label budget; with --eval-on val a fifth of that is the test."""
+    data, kept, held = load(args.dataset, args), [], []
+    order = torch.randperm(len(data.labels), generator=rng(args.seed, "labels")).to(args.device)
+    for label in data.labels.unique():
+        members = order[data.labels[order] == label]
+        budget = args.labels_per_class or len(members)
+        cut = max(1, budget // 5) if args.eval_on == "val" else 0
+        if budget > len(members) or budget == cut:
+            has = f"class {label} has {len(members)} training images, {cut} of them for validation"
+            fail(f"--labels-per-class {budget}: {has}")
+        held.append(members[:cut])
+        kept.append(members[cut:budget])
+    kept, held = torch.cat(kept), torch.cat(held)
+    if args.eval_on == "val":
+        data = data._replace(test_images=data.images[held], test_labels=data.labels[held])
+    return data._replace(images=data.images[kept], labels=data.labels[kept])
+
+
+def augment(images: torch.Tensor, generator: torch.Generator, flip: bool) -> torch.Tensor:
+    """[N, 3, H, W] uint8 -> in [0, 1], each image moved by up to H/8 pixels and maybe mirrored."""
+    n, _, h, w = images.shape
+    draw = partial(torch.randint, generator=generator, device=images.device)
+    rows = draw(h // 4 + 1, (n, 1)) + torch.arange(h, device=images.device)
+    columns = draw(w // 4 + 1, (n, 1)) + torch.arange(w, device=images.device)
+    if flip:
+        columns = torch.where(draw(2, (n, 1)) == 1, columns.flip(1), columns)
+    padded = F.pad(images, [w // 8, w // 8, h // 8, h // 8])
+    each = torch.arange(n, device=images.device)[:, None, None]
+    moved = padded[each, :, rows[:, :, None], columns[:, None, :]]  # [N, H, W, 3]
+    return moved.permute(0, 3, 1, 2).contiguous() / 255
+
+
+def labelled_batch(data: Data, step: int, args: argparse.Namespace, purpose: str = "query"):
+    """-> images [B, 3, H, W] in [0, 1], labels [B], indices [B]; shuffled epochs, end to end."""
+    n, first = len(data.labels), step * args.batch_size
+    epochs = range(first // n, (first + args.batch_size - 1) // n + 1)
+    orders = [torch.randperm(n, generator=rng(args.seed, purpose, epoch)) for epoch in epochs]
+    index = torch.cat(orders)[first - epochs[0] * n :][: args.batch_size].to(args.device)
+    generator = rng(args.seed, f"{purpose} augmentation", step, args.device)
+    return augment(data.images[index], generator, data.flip), data.labels[index], index
+
+
+# --- end shared: data ---
+
+
+# --- shared: backbone ---
+class Encoder(nn.Module):
+    """theta: images [N, 3, H, W] in [0, 1] -> feature map [N, channels, H/8, W/8].
+
+    conv: the CIFAR-10 network of IEEE 8745428 (three blocks of two 3x3 convolutions, max-pooling);
+    resnet18: torchvision's, with a 3x3 stem and no pooling after it. Both with GroupNorm: it keeps
+    no running statistics, so that a functional call has no side effect.
+    """
+
+    def __init__(self, backbone: str, width: int):
+        super().__init__()
+        norm = lambda channels: nn.GroupNorm(math.gcd(8, channels), channels)  # noqa: E731
+        self.channels = 512 if backbone == "resnet18" else 4 * width
+        if backbone == "resnet18":
+            net = torchvision.models.resnet18(norm_layer=norm)
+            stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            layers = [stem, net.bn1, nn.ReLU(), net.layer1, net.layer2, net.layer3, net.layer4]
+        else:
+            layers, before = [], 3
+            for i, after in enumerate([width, width, 2 * width, 2 * width, 4 * width, 4 * width]):
+                layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), norm(after)]
+                layers += [nn.ReLU(), nn.MaxPool2d(2)] if i % 2 else [nn.ReLU()]
+                before = after
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers((images - 0.5) / 0.25)
+
+
+class Model(nn.Module):
+    """One encoder, a head for each task: `model(images, "rotation")` is what that head says."""
+
+    def __init__(self, encoder: Encoder, heads: dict[str, nn.Module]):
+        super().__init__()
+        self.encoder, self.heads = encoder, nn.ModuleDict(heads)
+
+    def forward(self, images: torch.Tensor, task: str = "target") -> torch.Tensor:
+        return self.heads[task](self.encoder(images))
+
+
+def classifier(classes: int, channels: int) -> nn.Module:
+    """Feature map [N, channels, h, w] -> pooled to 4x4 -> logits [N, classes]."""
+    pool = nn.AdaptiveAvgPool2d(4)  # nothing to pool at 32x32; one pooled vector learns far slower
+    return nn.Sequential(pool, nn.Flatten(), nn.Linear(16 * channels, classes))
+
+
+def make_model(args: argparse.Namespace, heads: dict[str, Callable[[int], nn.Module]]) -> Model:
+    """Every part starts from a seed of its own: the same in each arm, on each device."""
+
+    def seeded(part: str, make: Callable[..., nn.Module], *values) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng(args.seed, f"init {part}").initial_seed())
+            return make(*values)
+
+    encoder = seeded("encoder", Encoder, args.backbone, args.width)
+    made = {name: seeded(name, make, encoder.channels) for name, make in heads.items()}
+    return Model(encoder, made).to(args.device)
+
+
+# --- end shared: backbone ---
+
+
+# --- the algorithm ---
+Parameters = dict[str, torch.Tensor]  # by the names that they have in the model
+
+
+def parameters(model: Model, *parts: str) -> Parameters:
+    """Those of the named parts: "encoder" is theta, "heads.target" psi, "heads.rotation" phi_t."""
+    prefixes = tuple(f"{part}." for part in parts)
+    return {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
+
+
+def gradient(loss: Callable, w: Parameters, keep_graph: bool = False):
+    """-> w as leaves of a new graph, loss(w), gradient of its mean (zero for what it ignores)."""
+    w = {name: p.detach().requires_grad_() for name, p in w.items()}
+    value = loss(w)
+    leaves = list(w.values())
+    grads = torch.autograd.grad(
+        value.mean(), leaves, create_graph=keep_graph, materialize_grads=True
+    )
+    return w, value.detach(), dict(zip(w, grads, strict=True))
+
+
+def adapt(loss: Callable, w: Parameters, lr: float, steps: int, keep_graph: bool = False):
+    """The inner loop: w_{k+1} = w_k - alpha grad L(w_k), k = 0 ... K-1 (1703.03400, equation 1).
+
+    Returns w_K and the path [(w_k, L(w_k), grad L(w_k))]; keep_graph: of the last gradient alone.
+    """
+    path = []
+    for k in range(steps):
+        path.append(gradient(loss, w, keep_graph and k == steps - 1))
+        w = {name: p.detach() - lr * path[k][2][name].detach() for name, p in w.items()}
+    return w, path
+
+
+def meta_gradient(
+    outer_loss: Callable,
+    inner_loss: Callable,
+    w: Parameters,
+    psi: Parameters,
+    lr: float,
+    steps: int,
+    second_order: bool = True,
+):
+    """-> outer_loss(w_K, psi), its gradient with respect to (w_0, psi), and the path to w_K.
+
+    The chain rule, backwards along the path, holding the graph of one inner step at a time:
+        v = grad outer_loss(w_K);   v <- v - alpha H(w_k) v   for k = K-1 ... 0,
+    where H is the Hessian of the inner loss. First order (section 5.2) takes H for zero.
+    """
+    w_last, path = adapt(inner_loss, w, lr, steps, keep_graph=second_order)
+    _, value, v = gradient(outer_loss, {**w_last, **psi})
+    for k in reversed(range(steps if second_order else 0)):
+        w_k, losses, g = path[k] if k == steps - 1 else gradient(inner_loss, path[k][0], True)
+        hv = torch.autograd.grad(
+            list(g.values()), list(w_k.values()), [v[name] for name in w_k], materialize_grads=True
+        )
+        v |= {name: v[name] - lr * hv_k for name, hv_k in zip(w_k, hv, strict=True)}
+        path[k] = w_k, losses, {name: x.detach() for name, x in g.items()}  # drops the graph
+    return value, v, path
+
+
+def pretext_loss(model: Model, tasks: dict, batches: dict) -> Callable[[Parameters], torch.Tensor]:
+    """The inner loss: w = (theta, phi) -> L_t(w), [T], for the T tasks that `batches` names."""
+
+    def losses(w: Parameters) -> torch.Tensor:
+        outputs = {t: functional_call(model, w, (x, t)) for t, (x, _) in batches.items()}
+        return torch.stack([tasks[t].loss(outputs[t], batches[t][1]) for t in batches])
+
+    return losses
+
+
+def query_loss(model: Model, images: torch.Tensor, labels: torch.Tensor, w: Parameters):
+    """CE(psi(f_theta(images)), labels), with theta and psi from w."""
+    return F.cross_entropy(functional_call(model, w, (images,)), labels)
+
+
+def outer_gradient(model: Model, tasks: dict, groups: list, args: argparse.Namespace) -> dict:
+    """Add the gradient of the outer loss to every p.grad, as backward() does; -> losses by name.
+
+    groups: for each adaptation (batches, images, labels): the (inputs, targets) of the pretext
+    tasks that it adapts to, by name, and its share of the labelled query.
+    """
+    query_size, losses = sum(len(labels) for _, _, labels in groups), {"target": 0.0}
+    psi = parameters(model, "heads.target")
+    for batches, images, labels in groups:
+        w = parameters(model, "encoder", *(f"heads.{t}" for t in batches))
+        inner_loss = pretext_loss(model, tasks, batches)
+        outer_loss = partial(query_loss, model, images, labels)
+        steps = args.inner_steps if batches else 0
+        second_order = args.inner_lr > 0 and not args.first_order
+        value, v, path = meta_gradient(
+            outer_loss, inner_loss, w, psi, args.inner_lr, steps, second_order
+        )
+        share = len(labels) / query_size  # B_t / B
+        losses["target"] += share * value
+        total = {name: share * g for name, g in v.items()}
+        if batches:  # + beta * mean_t L_t(theta, phi_t), which the first inner step has found
+            losses |= dict(zip(batches, path[0][1], strict=True))
+            weight = args.pretext_weight * len(batches) / len(tasks)
+            total |= {name: total[name] + weight * g for name, g in path[0][2].items()}
+        for name, g in total.items():
+            p = model.get_parameter(name)
+            p.grad = g if p.grad is None else p.grad + g
+    return losses
+
+
+def support_batches(
+    tasks: dict, pool: torch.Tensor, query: tuple, taken: torch.Tensor, flip: bool, step: int, args
+) -> dict:
+    """-> {task: (inputs, targets)}: for each task its own support images and its own pretext draw.
+
+    pool: [M, 3, H, W] uint8, all that may be seen unlabelled; taken: indices [B] of the query,
+    which no support batch holds. With --support query, `query` (images, indices) is the support.
+    """
+    batches, (images, index) = {}, query
+    for name, task in tasks.items():
+        draw = rng(args.seed, f"pretext {name}", step, args.device)
+        if args.support == "disjoint":
+            order = torch.rand(len(pool), generator=draw, device=args.device)
+            order[taken] = 2.0  # behind all others
+            index = order.topk(args.support_batch_size, largest=False).indices
+            images = augment(pool[index], draw, flip)
+        batches[name] = task.make_batch(images, index, draw)
+    return batches
+
+
+def predict_adapted(
+    model: Model, groups: list[dict], support: tuple | None, images: torch.Tensor, args
+) -> torch.Tensor:
+    """Class probabilities [N, classes] after adapting to each group of tasks; their mean.
+
+    Adapts to `support` (images uint8, indices), or, if that is None, to each batch of `images`
+    itself, without labels: that is transductive.
+    """
+    means = []
+    for part in images.split(len(images) if support else args.batch_size):
+        x, index = support or (part, torch.arange(len(part), device=part.device))
+        votes = []
+        for tasks in groups:
+            draws = {t: rng(args.seed, f"evaluation {t}", 0, args.device) for t in tasks}
+            batches = {t: tasks[t].make_batch(x / 255, index, draws[t]) for t in tasks}
+            w = parameters(model, "encoder", *(f"heads.{t}" for t in tasks))
+            loss = pretext_loss(model, tasks, batches)
+            w, _ = adapt(loss, w, args.inner_lr, args.inner_steps)
+            votes.append(predict(partial(functional_call, model, w), part))
+        means.append(torch.stack(votes).mean(0))
+    return torch.cat(means)
+
+
+# --- shared: training ---
+COUNTS = ["total_step", "images", "labels", "flops", "seconds"]
+COLUMNS = ["phase", "step", *COUNTS, "train_loss", "accuracy", "accuracy_adapted"]
+
+
+@torch.no_grad()
+def predict(forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """[N, 3, H, W] uint8 -> class probabilities [N, classes]."""
+    return torch.cat([forward(part / 255).softmax(1) for part in images.split(500)])
+
+
+def accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """The fraction of images whose most probable class is their label."""
+    return (probabilities.argmax(1) == labels).double().mean().item()
+
+
+def commit() -> str | None:
+    """Of the repository that this file lies in, if it lies in one."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
+    with suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+
+
+class Run:
+    """A run directory, OUT/NAME/seed<k>/: config.json, metrics.csv, checkpoint.pt; and signals."""
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module):
+        self.args, self.signal, self.state = args, 0, None
+        self.directory = Path(args.out, args.name, f"seed{args.seed}")
+        self.log, self.checkpoint = self.directory / "metrics.csv", self.directory / "checkpoint.pt"
+        self.counts = dict.fromkeys([*COUNTS, "loss", "losses"], 0)
+        config = {
+            "arm": Path(__file__).stem,
+            "name": args.name,
+            "arguments": vars(args).copy(),
+            "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
+            "commit": commit(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        if (self.directory / "config.json").exists() and not args.overwrite:
+            self.look_back(json.loads((self.directory / "config.json").read_text())["arguments"])
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.state:
+                os.truncate(self.log, self.state["log_bytes"])
+            else:  # a new run: nothing older may be taken for its own
+                self.checkpoint.unlink(missing_ok=True)
+                self.log.write_text(",".join(COLUMNS) + "\n")
+            (self.directory / "config.json").write_text(json.dumps(config, indent=1))
+        except OSError as error:
+            fail(f"--out {args.out}: {error}; take a directory that can be written")
+        signal.signal(signal.SIGINT, self.stop)
+        signal.signal(signal.SIGTERM, self.stop)
+
+    def look_back(self, old: dict) -> None:
+        """Refuse another configuration, leave a finished run alone, go on with a broken-off one."""
+        for key, value in vars(self.args).items():
+            if key not in ELSEWHERE and old.get(key) != value:
+                was = f"--{key.replace('_', '-')} {old.get(key)}, not {value}"
+                fail(
+                    f"{self.directory} holds a run with {was}; take another --name, or --overwrite"
+                )
+        if self.checkpoint.exists():
+            try:
+                self.state = torch.load(self.checkpoint, "cpu", weights_only=True)
+                self.counts = self.state["counts"]
+            except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+                fail(f"{self.checkpoint} is damaged ({error}); --overwrite starts again")
+        if self.counts["total_step"] >= self.args.steps:
+            print(f"{self.directory} holds this run, finished; --overwrite runs it again")
+            raise SystemExit(0)
+        if not self.args.resume:
+            ways = "--resume goes on with it, --overwrite starts again"
+            fail(f"{self.directory} holds an unfinished run; {ways}")
+
+    def stop(self, number: int, _frame: object) -> None:
+        """The first signal ends the run after this step, a second one at once."""
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def save(self, phase: str, step: int, parts: dict) -> None:
+        """The checkpoint, written beside the last one and then put in its place."""
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"phase": phase, "step": step, "counts": self.counts}
+        state |= {"log_bytes": self.log.stat().st_size}
+        with open(f"{self.checkpoint}.new", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{self.checkpoint}.new", self.checkpoint)
+
+    def row(self, phase: str, step: int, accuracies: tuple[float | None, float | None]) -> None:
+        """One line in the log, one on the screen."""
+        loss, seconds = self.counts["loss"] / self.counts["losses"], self.counts["seconds"]
+        fields = [phase, step, *(self.counts[name] for name in COUNTS), loss, *accuracies]
+        self.counts |= {"loss": 0, "losses": 0}
+        text = ["" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for x in fields]
+        with open(self.log, "a") as file:
+            file.write(",".join(text) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        shown = " adapted ".join(f"{x:6.2%}" for x in accuracies if x is not None)
+        tqdm.write(
+            f"{phase:8} {step:6} {seconds:8.1f} s  loss {loss:7.4f}  accuracy {shown or '-'}"
+        )
+
+
+def train(
+    run: Run,
+    phase: str,
+    steps: int,
+    model: nn.Module,
+    step_gradient: Callable[[int], tuple[dict[str, torch.Tensor], int, int]],
+    evaluate: Callable[[nn.Module], tuple] = lambda averaged: (None, None),
+) -> nn.Module:
+    """One phase: AdamW along what `step_gradient` finds; returns the running average of the model.
+
+    step_gradient(step) adds to p.grad and returns (losses by name, images, labels) that it used:
+    losses[phase] is logged. evaluate(averaged model) returns (accuracy, accuracy_adapted).
+    """
+    args, flops = run.args, 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    parts, first = {"model": model, "average": average, "optimizer": optimizer}, 0
+    if run.state and run.state["phase"] != phase:
+        first = steps  # the checkpoint is of a later phase
+    elif run.state:
+        for name, part in parts.items():
+            part.load_state_dict(run.state[name])
+        first, run.state = run.state["step"], None
+    bar = tqdm(range(first, steps), phase, initial=first, total=steps, dynamic_ncols=True)
+    for step in bar:
+        began = time.perf_counter()
+        warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
+        decay = (1 + math.cos(math.pi * step / steps)) / 2 if args.schedule == "cosine" else 1.0
+        optimizer.param_groups[0]["lr"] = args.lr * warm * decay
+        optimizer.zero_grad()
+        with nullcontext() if flops else FlopCounterMode(display=False) as counter:
+            losses, images, labels = step_gradient(step)
+        flops = flops or counter.get_total_flops()  # every step of a phase does the same work
+        losses["gradient"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        losses = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                kept = f"checkpoint: {run.checkpoint if run.checkpoint.exists() else 'none yet'}"
+                fail(f"{phase} step {step + 1}: {name} is {value}; {kept}; try a smaller --lr", 1)
+        optimizer.step()
+        average.update_parameters(model)
+        used = [1, images, labels, flops, time.perf_counter() - began, losses[phase], 1]
+        run.counts = {k: n + more for (k, n), more in zip(run.counts.items(), used, strict=True)}
+        bar.set_postfix(loss=f"{losses[phase]:.3f}", refresh=False)
+        try:
+            now = (step + 1) % args.eval_every == 0 or step + 1 == steps
+            if now:
+                run.row(phase, step + 1, evaluate(average.module))
+            if now or run.signal:
+                run.save(phase, step + 1, parts)
+        except OSError as error:
+            fail(f"{run.directory}: {error}; the checkpoint before this is whole", 1)
+        if run.signal:
+            bar.close()
+            fail("stopped; the same command with --resume goes on", 128 + run.signal)
+    return average.module
+
+
+# --- end shared: training ---
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    data = load_target(args)
+    pool = data.images
+    if args.pretext_images == "both":
+        pool = torch.cat([pool, load(args.source, args, source=True).images])
+    supervised = args.inner_lr == 0 and args.pretext_weight == 0  # then no pretext work is done
+    try:
+        tasks = {} if supervised else {name: pretext.TASKS[name](pool) for name in args.pretext}
+    except ValueError as error:
+        fail(error)
+    at_once = args.batch_size + args.support_batch_size
+    if tasks and args.support == "disjoint" and len(pool) < at_once:
+        fail(f"{len(pool)} images: too few for --batch-size + --support-batch-size {at_once}")
+    classes = int(data.labels.max()) + 1
+    heads = {"target": partial(classifier, classes)} | {t: tasks[t].make_head for t in tasks}
+    model = make_model(args, heads)
+    # With alpha = 0 no task moves theta: one group will do, and the query goes forward at once.
+    joint = args.inner == "joint" or args.inner_lr == 0
+    groups = [tasks] if joint else [{name: task} for name, task in tasks.items()]
+    run = Run(args, model)
+
+    def step_gradient(step: int) -> tuple[dict, int, int]:
+        images, labels, index = labelled_batch(data, step, args)
+        shares = [x.tensor_split(len(groups)) for x in (images, labels, index)]
+        adaptations, forward = [], len(images)
+        for group, x, y, i in zip(groups, *shares, strict=True):
+            batches = support_batches(group, pool, (x, i), index, data.flip, step, args)
+            adaptations.append((batches, x, y))
+            forward += args.inner_steps * sum(len(inputs) for inputs, _ in batches.values())
+        return outer_gradient(model, tasks, adaptations, args), forward, len(images)
+
+    def evaluate(averaged: Model) -> tuple[float, float | None]:
+        images, labels = data.test_images, data.test_labels
+        unadapted = accuracy(predict(averaged, images), labels)
+        if args.inner_lr == 0:
+            return unadapted, None
+        order = torch.randperm(len(data.images), generator=rng(args.seed, "evaluation"))
+        index = order[:256].to(args.device)  # one fixed draw of training images
+        support = (data.images[index], index) if args.support == "disjoint" else None
+        adapted = predict_adapted(averaged, groups, support, images, args)
+        return unadapted, accuracy(adapted, labels)
+
+    train(run, "target", args.steps, model, step_gradient, evaluate)
+
+
+if __name__ == "__main__":
+    main()

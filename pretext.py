@@ -1,0 +1,436 @@
+"""Six pretext tasks, which make labels out of images alone, and the embedded dataset.
+
+    python pretext.py [IMAGE ...] [--out pretext.png]    # draws what each task shows and asks
+
+A new task is a class with the four methods of `PretextTask` and one line in TASKS. Each image of a
+batch gets random parameters of its own, all from the generator handed in. Nothing here makes a GPU
+wait for the host once a task is constructed. N: images of a batch, M: training images, H: side.
+"""
+
+import argparse
+import math
+import sys
+import textwrap
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Generator, Tensor, nn
+
+
+class PretextTask(Protocol):
+    """What the arms call. `answers` and `picture` serve the figure and may be missing."""
+
+    def __init__(self, images: Tensor):
+        """Learns about the training images, uint8 [M, 3, H, H]; ValueError: it can't use them."""
+
+    def make_head(self, channels: int) -> nn.Module:
+        """A new head, from the encoder's feature map [R, channels, h, w] to outputs."""
+
+    def make_batch(self, images: Tensor, indices: Tensor, generator: Generator):
+        """Images [N, 3, H, H] in [0, 1], their dataset indices [N], a generator on their device
+        -> inputs [R, 3, H', H'] in [0, 1] and targets. R is N, or 2N for tasks that show two
+        pictures of each image: rows 2i and 2i + 1 then come from image i."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss: a scalar, twice differentiable in the outputs."""
+
+
+def is_gray(images: Tensor) -> bool:
+    """Whether the three channels of uint8 images [M, 3, H, W] are equal everywhere."""
+    return bool((images[:, :1] == images[:, 1:]).all())
+
+
+def require_multiple(images: Tensor, divisor: int, task: str) -> None:
+    """Raises ValueError unless `divisor` divides the side of images [M, 3, H, H]."""
+    if (side := images.shape[-1]) % divisor:
+        remedy = f"use --image-size {math.ceil(side / divisor) * divisor}"
+        raise ValueError(f"{task} needs an image size that {divisor} divides, not {side}: {remedy}")
+
+
+def draws(count: int, images: Tensor, generator: Generator) -> Tensor:
+    """[count, N] numbers, uniform in [0, 1), of the type and on the device of images [N, ...]."""
+    return images.new_empty(count, len(images)).uniform_(generator=generator)
+
+
+def pooled(*layers: nn.Module) -> nn.Sequential:
+    """A head on the mean feature: [R, C, h, w] -> [R, C] -> layers."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers)
+
+
+class Rotation:
+    """By which of the four quarter turns is the image rotated? (RotNet, 1803.07728)
+
+    Deviation: RotNet shows each image at all four turns. Here each is shown at one, and the batch
+    at all four equally often: a support image then costs the same in every task.
+    """
+
+    answers = ("0°", "90°", "180°", "270°")  # anticlockwise, as torch.rot90
+    loss = staticmethod(F.cross_entropy)
+
+    def __init__(self, images): ...
+
+    def make_head(self, channels):
+        return pooled(nn.Linear(channels, 4))
+
+    def make_batch(self, images, indices, generator):
+        turns = torch.randperm(len(images), generator=generator, device=images.device) % 4
+        turned = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])  # [4, N, 3, H, H]
+        return turned[turns, torch.arange(len(images), device=images.device)], turns
+
+
+# Linear sRGB -> CIE XYZ (IEC 61966-2-1); the sums of the rows are the white point D65
+RGB_TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+
+
+def rgb_to_lab(rgb: Tensor) -> Tensor:
+    """sRGB in [0, 1] -> CIE Lab under D65, both [..., 3, H, W]: L in [0, 100], |a|, |b| < 110."""
+    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    r, g, b = linear.unbind(-3)
+    # numbers instead of a matrix, whose copy to a GPU would make the host wait
+    xyz = torch.stack([(m[0] * r + m[1] * g + m[2] * b) / sum(m) for m in RGB_TO_XYZ], -3)
+    f = torch.where(xyz > (6 / 29) ** 3, xyz ** (1 / 3), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    x, y, z = f.unbind(-3)
+    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), -3)
+
+
+def lab_to_rgb(lab: Tensor) -> Tensor:
+    """Inverse of `rgb_to_lab`, both [..., 3, H, W]; colours outside sRGB are clipped to [0, 1]."""
+    y, a, b = ((lab + lab.new_tensor([16, 0, 0])[:, None, None]) / 116).unbind(-3)
+    f = torch.stack((y + a * 0.232, y, y - b * 0.58), -3)  # 116 / 500 and 116 / 200
+    xyz = torch.where(f > 6 / 29, f**3, (f - 4 / 29) * 3 * (6 / 29) ** 2)
+    matrix = lab.new_tensor(RGB_TO_XYZ)
+    inverse = (matrix / matrix.sum(1, keepdim=True)).inverse()
+    rgb = torch.einsum("ij,...jhw->...ihw", inverse, xyz).clamp(0, 1)
+    return torch.where(rgb > 0.0031308, 1.055 * rgb ** (1 / 2.4) - 0.055, 12.92 * rgb)
+
+
+class Colorization:
+    """What colour is each place of a gray image? (1603.08511, section 2)
+
+    The encoder gets lightness; the head gives, at a quarter of the resolution, logits over Q bins:
+    the points of a grid of step 10 in the ab plane of CIE Lab that are nearest to some sRGB colour,
+    Q = 261 (the paper lists 313). Targets are the 5 nearest bins, softly, with classes rebalanced.
+    Deviations: a place has the mean colour of its 4 x 4 pixels, and the prior is that of at most
+    2,000 training images. ValueError for gray images, and unless 8 divides H.
+    """
+
+    sigma = 5.0  # of the soft encoding and of the prior's smoothing, in units of ab
+    uniform = 0.5  # lambda: the share of the uniform distribution that the prior is mixed with
+
+    def __init__(self, images):
+        require_multiple(images, 8, "colorization")
+        if is_gray(images):
+            raise ValueError("colorization needs colour, but all images are gray: leave it out")
+        axis = torch.linspace(0, 1, 86, device=images.device)
+        colours = torch.cartesian_prod(axis, axis, axis).T[:, :, None]  # [3, 86^3, 1]
+        self.bins = (rgb_to_lab(colours)[1:, :, 0] / 10).round().unique(dim=1).T * 10  # [Q, 2]
+        counts = torch.zeros(len(self.bins), device=images.device)
+        sample = images[:: math.ceil(len(images) / 2000)]
+        for some in sample.split(200):  # all at once would need a gigabyte at 64 x 64
+            bins, _ = self.encode(rgb_to_lab(some / 255))
+            counts += bins[:, 0].flatten().bincount(minlength=len(self.bins))
+        kernel = torch.exp(-(torch.cdist(self.bins, self.bins) ** 2) / (2 * self.sigma**2))
+        self.prior = kernel / kernel.sum(0) @ (counts / counts.sum())  # smoothed, sums to 1
+        mixed = (1 - self.uniform) * self.prior + self.uniform / len(self.bins)
+        self.weights = 1 / mixed / (self.prior / mixed).sum()  # E[w] = sum_q prior_q w_q = 1
+
+    def encode(self, lab):
+        """Lab [N, 3, H, H] -> the 5 nearest bins (nearest first), their shares: [N, 5, H/4, H/4]"""
+        ab = F.avg_pool2d(lab[:, 1:], 4)
+        distance = torch.cdist(ab.flatten(2).mT, self.bins.to(ab.dtype))  # [N, HH/16, Q]
+        distance, bins = (x.mT.unflatten(2, ab.shape[2:]) for x in distance.topk(5, largest=False))
+        return bins, (-(distance**2) / (2 * self.sigma**2)).softmax(1)  # Gaussians, with sum 1
+
+    def make_head(self, channels):
+        return nn.Sequential(nn.Conv2d(channels, 4 * len(self.bins), 1), nn.PixelShuffle(2))
+
+    def make_batch(self, images, indices, generator):
+        lab = rgb_to_lab(images)
+        bins, shares = self.encode(lab)
+        shares = shares * self.weights[bins[:, :1]]  # v(Z): the weight of the nearest bin
+        # side by side in one tensor: 10 numbers a place, where dense targets would be Q
+        return (lab[:, :1] / 100).repeat(1, 3, 1, 1), torch.cat((bins, shares), 1)
+
+    def loss(self, outputs, targets):
+        bins, shares = targets.chunk(2, dim=1)  # [N, 5, H/4, H/4] each
+        log_p = outputs.log_softmax(1).gather(1, bins.long())
+        return -(shares.to(outputs.dtype) * log_p).sum(1).mean()
+
+    def picture(self, inputs, targets):
+        bins, shares = targets.chunk(2, dim=1)
+        ab = self.bins[bins.long()].movedim(-1, 0) * shares / shares.sum(1, keepdim=True)
+        ab = F.interpolate(ab.sum(2).movedim(0, 1), scale_factor=4)
+        return lab_to_rgb(torch.cat((100 * inputs[:, :1], ab), 1))
+
+
+class RelativePosition:
+    """At which of 8 places around the first patch is the second? (1708.07860, sec. 3; 1505.05192)
+
+    Sides are H/4, gaps 3H/32, and each patch is shifted by up to H/32 each way. Colour dropping
+    keeps one channel of a patch; the others become noise about mid-gray. Deviation: the image has
+    room for one grid only, so the first patch is always its centre. ValueError unless 32 divides H.
+    """
+
+    answers = "↖↑↗←→↙↓↘"
+    loss = staticmethod(F.cross_entropy)
+
+    def __init__(self, images):
+        require_multiple(images, 32, "relative_position")
+
+    def make_head(self, channels):
+        pair = (nn.Unflatten(0, (-1, 2)), nn.Flatten())  # [2N, C] -> [N, 2C]
+        # a linear head could only add up what each patch says alone: hence the hidden layer
+        hidden = (nn.Linear(2 * channels, channels), nn.ReLU())
+        return pooled(*pair, *hidden, nn.Linear(channels, 8))
+
+    def make_batch(self, images, indices, generator):
+        count, unit, device = len(images), images.shape[-1] // 32, images.device
+        targets = torch.randint(8, (count,), generator=generator, device=device)
+        cell = torch.stack((torch.full_like(targets, 4), targets + (targets > 3)), 1).flatten()
+        jitter = torch.randint(-unit, unit + 1, (2, 2 * count), generator=generator, device=device)
+        corner = unit + 11 * unit * torch.stack((cell // 3, cell % 3)) + jitter  # [2, 2N]
+        rows, columns = corner[..., None] + torch.arange(8 * unit, device=device)  # [2N, H/4] each
+        image = torch.arange(count, device=device).repeat_interleave(2).view(-1, 1, 1, 1)
+        channel = torch.arange(3, device=device)[:, None, None]
+        patches = images[image, channel, rows[:, None, :, None], columns[:, None, None]]
+
+        kept = torch.randint(3, (2 * count, 1, 1, 1), generator=generator, device=device)
+        deviation = patches.std((2, 3), keepdim=True).gather(1, kept) / 100
+        noise = torch.empty_like(patches).normal_(generator=generator)
+        return torch.where(channel == kept, patches, 0.5 + deviation * noise), targets
+
+
+class MaskedAutoencoding:
+    """What is behind the masked three quarters of the image? (2111.06377)
+
+    48 of the 8 x 8 patches of side H/8 are masked. Their pixels are regressed, normalised by mean
+    and (as in the authors' code, unbiased) variance of the patch. Deviation: a dense convolution
+    can't skip patches, so the encoder sees mid-gray in their place. ValueError unless 8 divides H.
+    """
+
+    def __init__(self, images):
+        require_multiple(images, 8, "masked_autoencoding")
+
+    def make_head(self, channels):
+        return nn.Sequential(nn.Conv2d(channels, 3 * 64, 1), nn.PixelShuffle(8))
+
+    def make_batch(self, images, indices, generator):
+        ranks = draws(64, images, generator).T.argsort(1).argsort(1)
+        masked = (ranks < 48).view(-1, 1, 8, 1, 8, 1)
+        patches = images.unflatten(3, (8, -1)).unflatten(2, (8, -1))  # [N, 3, 8, H/8, 8, H/8]
+        variance, mean = torch.var_mean(patches, (1, 3, 5), keepdim=True)
+        normalised = (patches - mean) / (variance + 1e-6).sqrt()
+        targets = torch.cat((normalised, masked.expand_as(patches[:, :1])), 1)  # pixels, mask
+        inputs = torch.where(masked, 0.5, patches)
+        return tuple(x.flatten(4).flatten(2, 3) for x in (inputs, targets))  # [N, 3 or 4, H, H]
+
+    def loss(self, outputs, targets):
+        pixels, masked = targets.to(outputs.dtype).split((3, 1), dim=1)
+        return (masked * (outputs - pixels) ** 2).mean() / masked.mean()
+
+    def picture(self, inputs, targets):
+        return torch.where(targets[:, 3:] > 0, 0.5 + 0.2 * targets[:, :3], 1.0).clamp(0, 1)
+
+
+def nt_xent(views: Tensor, partners: Tensor, temperature: float = 0.5) -> Tensor:
+    """Normalised temperature-scaled cross-entropy, a scalar (SimCLR, 2002.05709, equation 1).
+
+    views [2N, D] of any length; row partners[i] (int64 [2N]) shows the image that row i shows.
+    """
+    views = F.normalize(views, dim=1)
+    similarity = views @ views.T / temperature  # [2N, 2N]
+    itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
+    return F.cross_entropy(similarity.masked_fill(itself, -math.inf), partners)
+
+
+class Contrastive:
+    """Which of the batch's other views shows the same image? (SimCLR, 2002.05709, appendix B.9)
+
+    Random resized crop, flip, colour jitter of strength 0.5, grayscale; no blur. Deviations: gray
+    images are not flipped, as digits are not mirror-symmetric; a crop larger than the image is cut,
+    not drawn again; the jitters' order is fixed, hue turns chroma in YIQ, and colours are clipped
+    once, at the end; the projection (hidden width: the encoder's, 128 outputs) has no BatchNorm.
+    """
+
+    loss = staticmethod(nt_xent)
+
+    def __init__(self, images):
+        self.flip = 0.0 if is_gray(images) else 0.5
+
+    def make_head(self, channels):
+        return pooled(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 128))
+
+    def make_batch(self, images, indices, generator):
+        views = images.repeat_interleave(2, 0)
+        partners = torch.arange(len(views), device=images.device) ^ 1  # 1, 0, 3, 2, 5, 4, ...
+        return self.jitter(self.crop(views, generator), generator), partners
+
+    def crop(self, views, generator):
+        """Cuts 8 to 100% of the area out of each of [R, 3, H, H], at ratios of 3/4 to 4/3."""
+        area, shape, x, y, coin = draws(5, views, generator)
+        ratio = (4 / 3) ** (2 * shape - 1)  # log-uniform
+        width, height = (((0.08 + 0.92 * area) * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
+        x, y, zero = (1 - width) * (2 * x - 1), (1 - height) * (2 * y - 1), torch.zeros_like(x)
+        width = torch.where(coin < self.flip, -width, width)
+        # output -> input coordinates, both in [-1, 1]
+        theta = torch.stack((width, zero, x, zero, height, y), 1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, views.shape, align_corners=False)
+        return F.grid_sample(views, grid, padding_mode="border", align_corners=False)
+
+    def jitter(self, views, generator):
+        """Changes the colours of 80% of [R, 3, H, H], and takes those of 20% away."""
+        coin, gray, *factors, hue = draws(6, views, generator)[..., None, None]
+        changed = coin < 0.8
+        contrast, brightness, saturation = (1 + 0.4 * changed * (2 * f - 1) for f in factors)
+        angle = 2 * math.pi * 0.1 * changed * (2 * hue - 1)
+        r, g, b = views.unbind(1)  # [R, H, H] each
+        y = 0.299 * r + 0.587 * g + 0.114 * b
+        u, v = 0.492 * (b - y), 0.877 * (r - y)  # the plane that I and Q span, too
+        y = brightness * (contrast * y + (1 - contrast) * y.mean((1, 2), keepdim=True))
+        chroma = brightness * contrast * saturation * (gray >= 0.2)
+        cos, sin = chroma * angle.cos(), chroma * angle.sin()
+        r, b = y + (sin * u + cos * v) / 0.877, y + (cos * u - sin * v) / 0.492
+        g = (y - 0.299 * r - 0.114 * b) / 0.587
+        return torch.stack((r, g, b), 1).clamp(0, 1)
+
+
+class RandomLabels:
+    """Which of 10 labels was drawn for this image? (the control: no paper)
+
+    Labels mean nothing, so what another task gains above this one is due to what it asks. The seed
+    is fixed, and images that are appended leave the labels of the earlier ones as they are.
+    """
+
+    loss = staticmethod(F.cross_entropy)
+
+    def __init__(self, images):
+        labels = torch.randint(10, (len(images),), generator=Generator().manual_seed(0))
+        self.labels = labels.to(images.device)
+
+    def make_head(self, channels):
+        return pooled(nn.Linear(channels, 10))
+
+    def make_batch(self, images, indices, generator):
+        return images, self.labels[indices]
+
+
+TASKS: dict[str, type] = {
+    "rotation": Rotation,
+    "colorization": Colorization,
+    "relative_position": RelativePosition,
+    "masked_autoencoding": MaskedAutoencoding,
+    "contrastive": Contrastive,
+    "random_labels": RandomLabels,
+}
+DEFAULT_TASKS = ("rotation", "colorization", "masked_autoencoding", "contrastive")
+
+# Outlines: column and row of each corner on a grid of 9 x 9 points
+SHAPES = {
+    "target": """triangle 40 87 07, square 11 71 77 17, pentagon 40 83 67 27 03,
+        star 40 53 83 55 68 46 28 35 03 33, cross 30 50 53 83 85 55 58 38 35 05 03 33,
+        ring 30 50 83 85 58 38 05 03 30 42 33 24 35 46 55 64 53 42, arrow 40 74 54 58 38 34 14,
+        crescent 50 30 12 03 05 16 38 58 46 35 33 42, house 40 84 74 78 18 14 04,
+        heart 42 51 71 83 84 48 04 03 11 31""",
+    "source": """octagon 30 50 83 85 58 38 05 03, kite 40 73 48 13, hexagon 20 60 84 68 28 04,
+        bolt 50 14 44 28 74 44, dome 20 60 82 85 05 02, tee 10 70 72 52 58 38 32 12,
+        hourglass 10 70 54 78 18 34, drop 40 65 67 58 38 27 25, bracket 10 70 72 32 36 76 78 18,
+        fish 04 21 51 64 81 87 64 57 27""",
+}
+
+
+def draw_shapes(count: int, classes: str = "target", seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Drawn images, uint8 [count, 3, 32, 32], and their labels, int64 [count], balanced.
+
+    classes: "target" or "source", ten shapes each. Light falls from above and a shape's colour
+    leans towards its class, so that every pretext task has something to learn.
+    """
+    rng = np.random.default_rng([seed, classes == "source"])
+    outlines = [shape.split()[1:] for shape in SHAPES[classes].split(",")]
+    outlines = [np.array([complex(*map(int, xy)) for xy in o]) / 4 - (1 + 1j) for o in outlines]
+
+    def hsv(hue, value):  # a Pillow colour: degrees, percent
+        return f"hsv({hue % 360:.0f}, 65%, {min(value, 100):.0f}%)"
+
+    labels = rng.permutation(count) % len(outlines)
+    images = np.empty((count, 32, 32, 3), np.float32)
+    for image, label in zip(images, labels, strict=True):
+        size, tilt = rng.uniform(16, 32), rng.normal(0, 0.2)  # drawn on 96 x 96 pixels
+        middle = complex(*rng.uniform(size + 6, 90 - size, 2))
+        outline = middle + size * np.exp(1j * tilt) * outlines[label]
+        hue = 36 * label + rng.normal(0, 50)
+        picture = Image.new("RGB", (96, 96), hsv(rng.uniform(0, 360), rng.uniform(25, 60)))
+        pen = ImageDraw.Draw(picture)
+        for ends in rng.uniform(0, 96, (3, 4)):
+            pen.line(ends.tolist(), hsv(rng.uniform(0, 360), rng.uniform(20, 90)), 4)
+        value = rng.uniform(70, 100)
+        for shift, bright in ((6j, 20), (-2j, value + 20), (0, value)):  # shadow, lit edge, shape
+            pen.polygon((outline + shift).view(float).tolist(), hsv(hue, bright))
+        image[:] = picture.reduce(3)
+    y, x = np.mgrid[0:32, 0:32].astype(np.float32)[..., None]
+    dx, dy, phase = rng.uniform(-1, 1, (3, count, 1, 1, 1)).astype(np.float32)
+    images *= 1.1 - 0.3 * y / 31 + 0.12 * np.sin(dx * x + dy * y + 3 * phase)  # light, texture
+    images += 10 * rng.standard_normal(images.shape, np.float32)
+    images = images.clip(0, 255).astype(np.uint8).transpose(0, 3, 1, 2).copy()
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def draw_figure(images: Tensor, path: str) -> None:
+    """Writes a PNG of what each task makes of uint8 images [N, 3, 32, 32], a row per task."""
+    from matplotlib.figure import Figure  # here, as the arms draw nothing
+
+    generator, indices = Generator().manual_seed(0), torch.arange(len(images))
+    figure = Figure(figsize=(1.9 * len(images) + 2.3, 0.8 * len(TASKS)))
+    figure.subplots_adjust(2.3 / figure.get_figwidth(), 0.01, 0.99, 0.99, 0.1, 0.1)
+    axes = figure.subplots(len(TASKS), len(images), squeeze=False)
+    for (name, make_task), row in zip(TASKS.items(), axes, strict=True):
+        question = textwrap.fill((make_task.__doc__ or "").partition("?")[0] + "?", 30)
+        title = f"{name.replace('_', ' ')}\n{question}"
+        row[0].text(-4, 16, title, ha="right", va="center")
+        for axis in row:
+            axis.axis("off")
+        try:
+            task = make_task(images)
+        except ValueError as error:
+            row[0].text(0, 16, textwrap.fill(str(error), 24), va="center", size=8)
+            continue
+        inputs, targets = task.make_batch(images / 255, indices, generator)
+        shown = inputs.unflatten(0, (len(images), -1))  # [N, 1 or 2, 3, H', H']
+        if hasattr(task, "picture"):
+            shown = torch.cat((shown, task.picture(inputs, targets)[:, None]), 1)
+        for i, axis in enumerate(row):
+            for k, picture in enumerate(shown[i].movedim(1, 3).numpy()):
+                axis.imshow(picture, extent=(44 * k, 44 * k + 32, 32, 0))
+            if targets.shape == indices.shape:  # a class for each image
+                k = int(targets[i])
+                answer = task.answers[k] if hasattr(task, "answers") else f"label {k}"
+                side = "left" if len(shown[i]) == 1 else "center"  # beside, or between the two
+                axis.text(38, 16, answer, ha=side, va="center")
+            axis.set(xlim=(0, 84), ylim=(32, 0))
+    figure.savefig(path, format="png", dpi=200)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draws the figure; exit code 2 and one line for a file that can't be read or written."""
+    parser = argparse.ArgumentParser(description="Draws what each pretext task shows and asks.")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files; default: drawn shapes")
+    parser.add_argument("--out", default="pretext.png", help="the PNG to write (%(default)s)")
+    args = parser.parse_args(arguments)
+    images = [] if args.images else list(draw_shapes(4, seed=1)[0])
+    try:
+        for path in args.images:
+            picture = np.array(Image.open(path).convert("RGB").resize((32, 32)))
+            images.append(torch.from_numpy(picture).permute(2, 0, 1))
+        path = args.out
+        draw_figure(torch.stack(images), path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        problem = "can't write" if path == args.out else "no image that Pillow reads:"
+        print(f"pretext.py: {problem} {path} ({error})", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

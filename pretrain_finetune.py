@@ -1,0 +1,600 @@
+"""Pretrain on one task, then fine-tune every weight on the desired task: the usual transfer.
+
+    python pretrain_finetune.py                         # embedded dataset, a minute on 2 CPU cores
+    python pretrain_finetune.py --dataset cifar10       # pretrained on CIFAR-100; downloads both
+    python pretrain_finetune.py --pretrain none         # from scratch
+    python pretrain_finetune.py --pretrain rotation contrastive --pretext-images both
+
+    --pretrain-steps times   (theta, phi) <- AdamW step on the pretraining loss
+    the rest of --steps      (theta, psi) <- AdamW step on CE(psi(f_theta(images)), labels)
+
+theta: encoder f, phi: head of the pretraining task, psi: head of the desired task. The loss is
+cross-entropy on the source's labels, or the mean of pretext losses. Fine-tuning starts from the
+running average of the weights, with a fresh optimizer, a fresh head and a fresh warm-up.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from tqdm import tqdm
+
+import pretext
+
+# --- shared: arguments ---
+DATASETS = {  # name: torchvision's class, default source
+    "shapes": (None, "shapes"),
+    "cifar10": (torchvision.datasets.CIFAR10, "cifar100"),
+    "cifar100": (torchvision.datasets.CIFAR100, "cifar10"),
+    "mnist": (torchvision.datasets.MNIST, "fashion_mnist"),
+    "fashion_mnist": (torchvision.datasets.FashionMNIST, "mnist"),
+}
+SMALL = {"steps": 300, "eval_every": 50, "batch_size": 64, "width": 16}  # shapes: 2 CPU cores
+LARGE = {"steps": 10_000, "eval_every": 500, "batch_size": 128, "width": 32}  # others: one GPU
+ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")  # no configuration
+
+
+def fail(message: object, code: int = 2):
+    """End with one line that says what is wrong and what to do; code 2: the user can mend it."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def number(kind: type, low: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least (or, with `above`, more than) `low`."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if value < low or (above and value == low) or not value < 1e9:
+            bound = f"{'above' if above else 'at least'} {low} and below 1e9"
+            raise argparse.ArgumentTypeError(f"{text} must be {bound}")
+        return value
+
+    convert.__name__ = kind.__name__  # for argparse's own "invalid int value"
+    return convert
+
+
+def common_arguments(prog: str, about: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that every arm has; None stands for a default found later."""
+    parser = argparse.ArgumentParser(prog, description=about)
+    parser.error = lambda message: fail(f"{message}; see --help")
+    count, positive, zero = number(int, 1), number(float, 0, above=True), number(float, 0)
+    sized = {k: f"(default: {SMALL[k]} for shapes, {LARGE[k]} otherwise)" for k in SMALL}
+    is_ = "(default: %(default)s)"
+    add = parser.add_argument_group("run").add_argument
+    add("--steps", type=count, help=f"optimizer steps, pretraining included {sized['steps']}")
+    add("--eval-every", type=count, help=f"steps {sized['eval_every']}")
+    add("--lr", type=positive, default=1e-3, help=f"learning rate of AdamW {is_}")
+    add("--weight-decay", type=zero, default=0.01, help=f"of AdamW {is_}")
+    add("--warmup-steps", type=number(int, 0), default=50, help=f"linear, in each phase {is_}")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help=f"after it {is_}")
+    add("--ema", type=zero, default=0.98, help=f"decay of the averaged weights, 0: none {is_}")
+    add("--seed", type=number(int, 0), default=0, help=f"of everything that is drawn {is_}")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--out", default="runs", help=f"the log goes to OUT/NAME/seed<k>/ {is_}")
+    add(
+        "--name", help="(default: the arm, the dataset and the flags that are not at their default)"
+    )
+    add("--resume", action="store_true", help="go on where the run broke off, if it did")
+    add("--overwrite", action="store_true", help="drop what the run directory holds")
+    add = parser.add_argument_group("data and backbone").add_argument
+    kinds = f"{', '.join(DATASETS)}, or a folder with train/CLASS/ and test/CLASS/ (or val/CLASS/)"
+    other = ", ".join(f"{source} for {name}" for name, (_, source) in DATASETS.items())
+    add("--dataset", default="shapes", help=f"desired task: {kinds}; shapes are drawn {is_}")
+    add("--source", help=f"another dataset or folder (default: {other}, by its other classes)")
+    add("--data-dir", default="data", help=f"for downloads and decoded folders {is_}")
+    add("--labels-per-class", type=count, help="images of each class, no others (default: all)")
+    add("--eval-on", choices=("test", "val"), default="test", help=f"val: 1/5 of the labels {is_}")
+    add("--batch-size", type=count, help=f"labelled images a step {sized['batch_size']}")
+    add("--image-size", type=count, default=32, help=f"pixels, a multiple of 8 {is_}")
+    add("--backbone", choices=("conv", "resnet18"), default="conv", help=f"the encoder {is_}")
+    add("--width", type=count, help=f"channels of conv's first block {sized['width']}")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Fill in the defaults that depend on others, name the run, check what all arms share."""
+    dataset = parser.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**(SMALL if dataset == "shapes" else LARGE))
+    args, plain = parser.parse_args(argv), parser.parse_args([f"--dataset={dataset}"])
+    if not args.name:
+        changed = {k: v for k, v in vars(args).items() if v != vars(plain)[k]}
+        text = {k: "+".join(v) if isinstance(v, list) else v for k, v in changed.items()}
+        flags = [f"{k}={v}" for k, v in text.items() if k not in (*ELSEWHERE, "dataset")]
+        name = "-".join([Path(parser.prog).stem, dataset, *flags])
+        args.name = re.sub(r"[^\w.=+-]", "_", name)
+    args.source = args.source or DATASETS.get(dataset, (None, None))[1]
+    for flag, name in ("--dataset", dataset), ("--source", args.source):
+        if name and name not in DATASETS and not Path(name).is_dir():
+            fail(f"{flag} {name}: no such folder, and none of {', '.join(DATASETS)}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f"--device {args.device} is not to be had here; --device cpu always is")
+    if args.image_size % 8:
+        fail(f"--image-size {args.image_size}: take a multiple of 8")
+    if args.ema >= 1:
+        fail(f"--ema {args.ema}: take a number below 1")
+    return args
+
+
+# --- end shared: arguments ---
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common_arguments("pretrain_finetune.py", __doc__.split("\n")[0])
+    add = parser.add_argument_group("algorithm").add_argument
+    kinds = ("supervised", "none", *pretext.TASKS)
+    add("--pretrain", nargs="+", choices=kinds, default=["supervised"], help="supervised: on the"
+        " source's labels; or pretext tasks; or none")  # fmt: skip
+    add("--pretrain-steps", type=number(int, 0), help="of all --steps (default: half of them)")
+    add("--pretext-images", choices=("target", "source", "both"), default="target", help="images of"
+        " the pretext tasks, without labels")  # fmt: skip
+    args = parse(parser, argv)
+    if len(args.pretrain) > 1 and {"supervised", "none", args.pretrain[0]} & {*args.pretrain[1:]}:
+        fail(f"--pretrain {' '.join(args.pretrain)}: supervised, none, or pretext tasks, each once")
+    if args.pretrain_steps is None:
+        args.pretrain_steps = args.steps // 2 if args.pretrain != ["none"] else 0
+    if args.pretrain == ["none"] and args.pretrain_steps > 0:
+        fail(f"--pretrain none --pretrain-steps {args.pretrain_steps}: nothing to train; take 0")
+    if args.pretrain_steps > args.steps:
+        fail(f"--pretrain-steps {args.pretrain_steps}: more than the {args.steps} of --steps")
+    supervised = args.pretrain == ["supervised"]
+    if not args.source and (
+        supervised or (args.pretext_images != "target" and args.pretrain != ["none"])
+    ):
+        fail(f"--dataset {args.dataset} has no default source; name one with --source")
+    return args
+
+
+# --- shared: data ---
+class Data(NamedTuple):
+    """A dataset on the device: images [N, 3, H, W] uint8, labels [N] int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    flip: bool  # does a mirrored image keep its label?
+
+
+def rng(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> torch.Generator:
+    """The generator of one purpose at one step: no draw shifts another, none needs to be saved."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """-> (images, labels) of train/ and of test/ or val/; decoded once, until a file changes."""
+    test = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
+    try:
+        splits = [torchvision.datasets.ImageFolder(root / split) for split in ("train", test)]
+    except OSError as error:
+        fail(f"{root}: {error}; every class needs images, in train/CLASS/ and {test}/CLASS/")
+    if odd := {*splits[0].classes} ^ {*splits[1].classes}:
+        fail(f"{root}: classes in only one of train/ and {test}/: {', '.join(sorted(odd))}")
+    stats = [(path, os.stat(path)) for split in splits for path, _ in split.samples]
+    key = hashlib.sha256(
+        repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()
+    ).hexdigest()
+    copy = Path(args.data_dir, f"decoded-{root.resolve().name}-{args.image_size}.pt")
+    with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError):
+        return torch.load(copy, weights_only=True)[key]  # KeyError: of other files
+    decoded, size = [], (args.image_size, args.image_size)
+    for split in splits:
+        images = torch.empty(len(split.samples), 3, *size, dtype=torch.uint8)
+        for i, (path, _) in enumerate(tqdm(split.samples, f"decoding {split.root}", leave=False)):
+            try:  # the central square, scaled
+                images[i] = pil_to_tensor(ImageOps.fit(Image.open(path).convert("RGB"), size))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                fail(f"{path} is no readable image ({error}); mend or remove it")
+        decoded.append((images, torch.tensor(split.targets)))
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({key: decoded}, f"{copy}.{os.getpid()}")
+    os.replace(f"{copy}.{os.getpid()}", copy)
+    return decoded
+
+
+def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
+    """A dataset by its name or folder; `source`: the source classes of shapes."""
+    if name == "shapes":
+        classes = "source" if source else "target"
+        splits = [pretext.draw_shapes(n, classes, seed) for n, seed in ((2000, 0), (1000, 1))]
+    elif name in DATASETS:
+        try:
+            sets = [DATASETS[name][0](args.data_dir, t, download=True) for t in (True, False)]
+        except (OSError, RuntimeError) as error:
+            ways = "--dataset shapes and a folder of images need no network"
+            fail(f"{name} is not in {args.data_dir} and can't be downloaded ({error}); {ways}")
+        splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
+        rgb = {3: lambda x: x[:, None].expand(-1, 3, -1, -1), 4: lambda x: x.movedim(3, 1)}
+        splits = [(rgb[images.ndim](images), labels) for images, labels in splits]
+    else:
+        splits = load_folder(Path(name), args)
+    size = [args.image_size, args.image_size]
+    splits = [(resize(x, size).contiguous().to(args.device), y.to(args.device)) for x, y in splits]
+    return Data(*splits[0], *splits[1], flip=name != "mnist")
+
+
+def load_target(args: argparse.Namespace) -> Data:
+    """The desired task within its label budget; with --eval-on val a fifth of that is the test."""
+    data, kept, held = load(args.dataset, args), [], []
+    order = torch.randperm(len(data.labels), generator=rng(args.seed, "labels")).to(args.device)
+    for label in data.labels.unique():
+        members = order[data.labels[order] == label]
+        budget = args.labels_per_class or len(members)
+        cut = max(1, budget // 5) if args.eval_on == "val" else 0
+        if budget > len(members) or budget == cut:
+            has = f"class {label} has {len(members)} training images, {cut} of them for validation"
+            fail(f"--labels-per-class {budget}: {has}")
+        held.append(members[:cut])
+        kept.append(members[cut:budget])
+    kept, held = torch.cat(kept), torch.cat(held)
+    if args.eval_on == "val":
+        data = data._replace(test_images=data.images[held], test_labels=data.labels[held])
+    return data._replace(images=data.images[kept], labels=data.labels[kept])
+
+
+def augment(images: torch.Tensor, generator: torch.Generator, flip: bool) -> torch.Tensor:
+    """[N, 3, H, W] uint8 -> in [0, 1], each image moved by up to H/8 pixels and maybe mirrored."""
+    n, _, h, w = images.shape
+    draw = partial(torch.randint, generator=generator, device=images.device)
+    rows = draw(h // 4 + 1, (n, 1)) + torch.arange(h, device=images.device)
+    columns = draw(w // 4 + 1, (n, 1)) + torch.arange(w, device=images.device)
+    if flip:
+        columns = torch.where(draw(2, (n, 1)) == 1, columns.flip(1), columns)
+    padded = F.pad(images, [w // 8, w // 8, h // 8, h // 8])
+    each = torch.arange(n, device=images.device)[:, None, None]
+    moved = padded[each, :, rows[:, :, None], columns[:, None, :]]  # [N, H, W, 3]
+    return moved.permute(0, 3, 1, 2).contiguous() / 255
+
+
+def labelled_batch(data: Data, step: int, args: argparse.Namespace, purpose: str = "query"):
+    """-> images [B, 3, H, W] in [0, 1], labels [B], indices [B]; shuffled epochs, end to end."""
+    n, first = len(data.labels), step * args.batch_size
+    epochs = range(first // n, (first + args.batch_size - 1) // n + 1)
+    orders = [torch.randperm(n, generator=rng(args.seed, purpose, epoch)) for epoch in epochs]
+    index = torch.cat(orders)[first - epochs[0] * n :][: args.batch_size].to(args.device)
+    generator = rng(args.seed, f"{purpose} augmentation", step, args.device)
+    return augment(data.images[index], generator, data.flip), data.labels[index], index
+
+
+# --- end shared: data ---
+
+
+# --- shared: backbone ---
+class Encoder(nn.Module):
+    """theta: images [N, 3, H, W] in [0, 1] -> feature map [N, channels, H/8, W/8].
+
+    conv: the CIFAR-10 network of IEEE 8745428 (three blocks of two 3x3 convolutions, max-pooling);
+    resnet18: torchvision's, with a 3x3 stem and no pooling after it. Both with GroupNorm: it keeps
+    no running statistics, so that a functional call has no side effect.
+    """
+
+    def __init__(self, backbone: str, width: int):
+        super().__init__()
+        norm = lambda channels: nn.GroupNorm(math.gcd(8, channels), channels)  # noqa: E731
+        self.channels = 512 if backbone == "resnet18" else 4 * width
+        if backbone == "resnet18":
+            net = torchvision.models.resnet18(norm_layer=norm)
+            stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            layers = [stem, net.bn1, nn.ReLU(), net.layer1, net.layer2, net.layer3, net.layer4]
+        else:
+            layers, before = [], 3
+            for i, after in enumerate([width, width, 2 * width, 2 * width, 4 * width, 4 * width]):
+                layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), norm(after)]
+                layers += [nn.ReLU(), nn.MaxPool2d(2)] if i % 2 else [nn.ReLU()]
+                before = after
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers((images - 0.5) / 0.25)
+
+
+class Model(nn.Module):
+    """One encoder, a head for each task: `model(images, "rotation")` is what that head says."""
+
+    def __init__(self, encoder: Encoder, heads: dict[str, nn.Module]):
+        super().__init__()
+        self.encoder, self.heads = encoder, nn.ModuleDict(heads)
+
+    def forward(self, images: torch.Tensor, task: str = "target") -> torch.Tensor:
+        return self.heads[task](self.encoder(images))
+
+
+def classifier(classes: int, channels: int) -> nn.Module:
+    """Feature map [N, channels, h, w] -> pooled to 4x4 -> logits [N, classes]."""
+    pool = nn.AdaptiveAvgPool2d(4)  # nothing to pool at 32x32; one pooled vector learns far slower
+    return nn.Sequential(pool, nn.Flatten(), nn.Linear(16 * channels, classes))
+
+
+def make_model(args: argparse.Namespace, heads: dict[str, Callable[[int], nn.Module]]) -> Model:
+    """Every part starts from a seed of its own: the same in each arm, on each device."""
+
+    def seeded(part: str, make: Callable[..., nn.Module], *values) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng(args.seed, f"init {part}").initial_seed())
+            return make(*values)
+
+    encoder = seeded("encoder", Encoder, args.backbone, args.width)
+    made = {name: seeded(name, make, encoder.channels) for name, make in heads.items()}
+    return Model(encoder, made).to(args.device)
+
+
+# --- end shared: backbone ---
+
+
+# --- the pretraining arms: pretraining ---
+def pretraining(args: argparse.Namespace, target: Data) -> tuple[dict, Callable]:
+    """-> the heads to make, and what finds the gradient of a pretraining step of a model.
+
+    supervised: a labelled batch of the source. Pretext tasks: a batch of --batch-size images for
+    each, drawn for it alone; the loss is the mean over the tasks (as in 1708.07860, section 4).
+    """
+    source = None
+    if args.pretrain == ["supervised"] or (
+        args.pretrain != ["none"] and args.pretext_images != "target"
+    ):
+        source = load(args.source, args, source=True)
+
+    def supervised(model: Model, step: int) -> tuple[dict, int, int]:
+        images, labels, _ = labelled_batch(source, step, args, "source")
+        loss = F.cross_entropy(model(images, "source"), labels)
+        loss.backward()
+        return {"pretrain": loss.detach()}, len(images), len(labels)
+
+    if args.pretrain == ["none"]:
+        return {}, supervised
+    if args.pretrain == ["supervised"]:
+        return {"source": partial(classifier, int(source.labels.max()) + 1)}, supervised
+    pools = {"target": target.images, "source": source and source.images}
+    pool = pools.get(args.pretext_images)
+    pool = torch.cat([*pools.values()]) if pool is None else pool
+    try:
+        tasks = {name: pretext.TASKS[name](pool) for name in args.pretrain}
+    except ValueError as error:
+        fail(error)
+
+    def self_supervised(model: Model, step: int) -> tuple[dict, int, int]:
+        losses, images = {}, 0
+        for name, task in tasks.items():
+            draw = rng(args.seed, f"pretext {name}", step, args.device)
+            index = torch.randint(len(pool), (args.batch_size,), generator=draw, device=args.device)
+            inputs, targets = task.make_batch(augment(pool[index], draw, target.flip), index, draw)
+            losses[name] = task.loss(model(inputs, name), targets)
+            images += len(inputs)
+        loss = torch.stack([*losses.values()]).mean()
+        loss.backward()
+        return {n: x.detach() for n, x in {"pretrain": loss, **losses}.items()}, images, 0
+
+    return {name: task.make_head for name, task in tasks.items()}, self_supervised
+
+
+# --- end the pretraining arms: pretraining ---
+
+
+# --- shared: training ---
+COUNTS = ["total_step", "images", "labels", "flops", "seconds"]
+COLUMNS = ["phase", "step", *COUNTS, "train_loss", "accuracy", "accuracy_adapted"]
+
+
+@torch.no_grad()
+def predict(forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """[N, 3, H, W] uint8 -> class probabilities [N, classes]."""
+    return torch.cat([forward(part / 255).softmax(1) for part in images.split(500)])
+
+
+def accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """The fraction of images whose most probable class is their label."""
+    return (probabilities.argmax(1) == labels).double().mean().item()
+
+
+def commit() -> str | None:
+    """Of the repository that this file lies in, if it lies in one."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
+    with suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+
+
+class Run:
+    """A run directory, OUT/NAME/seed<k>/: config.json, metrics.csv, checkpoint.pt; and signals."""
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module):
+        self.args, self.signal, self.state = args, 0, None
+        self.directory = Path(args.out, args.name, f"seed{args.seed}")
+        self.log, self.checkpoint = self.directory / "metrics.csv", self.directory / "checkpoint.pt"
+        self.counts = dict.fromkeys([*COUNTS, "loss", "losses"], 0)
+        config = {
+            "arm": Path(__file__).stem,
+            "name": args.name,
+            "arguments": vars(args).copy(),
+            "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
+            "commit": commit(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        if (self.directory / "config.json").exists() and not args.overwrite:
+            self.look_back(json.loads((self.directory / "config.json").read_text())["arguments"])
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.state:
+                os.truncate(self.log, self.state["log_bytes"])
+            else:  # a new run: nothing older may be taken for its own
+                self.checkpoint.unlink(missing_ok=True)
+                self.log.write_text(",".join(COLUMNS) + "\n")
+            (self.directory / "config.json").write_text(json.dumps(config, indent=1))
+        except OSError as error:
+            fail(f"--out {args.out}: {error}; take a directory that can be written")
+        signal.signal(signal.SIGINT, self.stop)
+        signal.signal(signal.SIGTERM, self.stop)
+
+    def look_back(self, old: dict) -> None:
+        """Refuse another configuration, leave a finished run alone, go on with a broken-off one."""
+        for key, value in vars(self.args).items():
+            if key not in ELSEWHERE and old.get(key) != value:
+                was = f"--{key.replace('_', '-')} {old.get(key)}, not {value}"
+                fail(
+                    f"{self.directory} holds a run with {was}; take another --name, or --overwrite"
+                )
+        if self.checkpoint.exists():
+            try:
+                self.state = torch.load(self.checkpoint, "cpu", weights_only=True)
+                self.counts = self.state["counts"]
+            except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+                fail(f"{self.checkpoint} is damaged ({error}); --overwrite starts again")
+        if self.counts["total_step"] >= self.args.steps:
+            print(f"{self.directory} holds this run, finished; --overwrite runs it again")
+            raise SystemExit(0)
+        if not self.args.resume:
+            ways = "--resume goes on with it, --overwrite starts again"
+            fail(f"{self.directory} holds an unfinished run; {ways}")
+
+    def stop(self, number: int, _frame: object) -> None:
+        """The first signal ends the run after this step, a second one at once."""
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def save(self, phase: str, step: int, parts: dict) -> None:
+        """The checkpoint, written beside the last one and then put in its place."""
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"phase": phase, "step": step, "counts": self.counts}
+        state |= {"log_bytes": self.log.stat().st_size}
+        with open(f"{self.checkpoint}.new", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{self.checkpoint}.new", self.checkpoint)
+
+    def row(self, phase: str, step: int, accuracies: tuple[float | None, float | None]) -> None:
+        """One line in the log, one on the screen."""
+        loss, seconds = self.counts["loss"] / self.counts["losses"], self.counts["seconds"]
+        fields = [phase, step, *(self.counts[name] for name in COUNTS), loss, *accuracies]
+        self.counts |= {"loss": 0, "losses": 0}
+        text = ["" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for x in fields]
+        with open(self.log, "a") as file:
+            file.write(",".join(text) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        shown = " adapted ".join(f"{x:6.2%}" for x in accuracies if x is not None)
+        tqdm.write(
+            f"{phase:8} {step:6} {seconds:8.1f} s  loss {loss:7.4f}  accuracy {shown or '-'}"
+        )
+
+
+def train(
+    run: Run,
+    phase: str,
+    steps: int,
+    model: nn.Module,
+    step_gradient: Callable[[int], tuple[dict[str, torch.Tensor], int, int]],
+    evaluate: Callable[[nn.Module], tuple] = lambda averaged: (None, None),
+) -> nn.Module:
+    """One phase: AdamW along what `step_gradient` finds; returns the running average of the model.
+
+    step_gradient(step) adds to p.grad and returns (losses by name, images, labels) that it used:
+    losses[phase] is logged. evaluate(averaged model) returns (accuracy, accuracy_adapted).
+    """
+    args, flops = run.args, 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    parts, first = {"model": model, "average": average, "optimizer": optimizer}, 0
+    if run.state and run.state["phase"] != phase:
+        first = steps  # the checkpoint is of a later phase
+    elif run.state:
+        for name, part in parts.items():
+            part.load_state_dict(run.state[name])
+        first, run.state = run.state["step"], None
+    bar = tqdm(range(first, steps), phase, initial=first, total=steps, dynamic_ncols=True)
+    for step in bar:
+        began = time.perf_counter()
+        warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
+        decay = (1 + math.cos(math.pi * step / steps)) / 2 if args.schedule == "cosine" else 1.0
+        optimizer.param_groups[0]["lr"] = args.lr * warm * decay
+        optimizer.zero_grad()
+        with nullcontext() if flops else FlopCounterMode(display=False) as counter:
+            losses, images, labels = step_gradient(step)
+        flops = flops or counter.get_total_flops()  # every step of a phase does the same work
+        losses["gradient"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        losses = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                kept = f"checkpoint: {run.checkpoint if run.checkpoint.exists() else 'none yet'}"
+                fail(f"{phase} step {step + 1}: {name} is {value}; {kept}; try a smaller --lr", 1)
+        optimizer.step()
+        average.update_parameters(model)
+        used = [1, images, labels, flops, time.perf_counter() - began, losses[phase], 1]
+        run.counts = {k: n + more for (k, n), more in zip(run.counts.items(), used, strict=True)}
+        bar.set_postfix(loss=f"{losses[phase]:.3f}", refresh=False)
+        try:
+            now = (step + 1) % args.eval_every == 0 or step + 1 == steps
+            if now:
+                run.row(phase, step + 1, evaluate(average.module))
+            if now or run.signal:
+                run.save(phase, step + 1, parts)
+        except OSError as error:
+            fail(f"{run.directory}: {error}; the checkpoint before this is whole", 1)
+        if run.signal:
+            bar.close()
+            fail("stopped; the same command with --resume goes on", 128 + run.signal)
+    return average.module
+
+
+# --- end shared: training ---
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    data = load_target(args)
+    heads, pretraining_gradient = pretraining(args, data)
+    classes = int(data.labels.max()) + 1
+    model = make_model(args, {"target": partial(classifier, classes)} | heads)
+    run = Run(args, model)
+
+    def finetuning_gradient(step: int) -> tuple[dict, int, int]:
+        images, labels, _ = labelled_batch(data, step, args)
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return {"target": loss.detach()}, len(images), len(labels)
+
+    def evaluate(averaged: Model) -> tuple[float, None]:
+        return accuracy(predict(averaged, data.test_images), data.test_labels), None
+
+    # A head that a phase does not train stays out of its optimizer, or weight decay would move it.
+    model.heads["target"].requires_grad_(False)
+    averaged = train(
+        run, "pretrain", args.pretrain_steps, model, partial(pretraining_gradient, model)
+    )
+    model.load_state_dict(averaged.state_dict())
+    model.requires_grad_(False)
+    model.encoder.requires_grad_(True)
+    model.heads["target"].requires_grad_(True)
+    steps = args.steps - args.pretrain_steps
+    train(run, "target", steps, model, finetuning_gradient, evaluate)
+
+
+if __name__ == "__main__":
+    main()

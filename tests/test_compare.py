@@ -1,0 +1,453 @@
+"""compare.py on made-up logs: crossings and intervals known by hand, broken logs, stub arms."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compare
+
+HEADER = "phase,step,total_step,images,labels,flops,seconds,train_loss,accuracy,accuracy_adapted"
+FLOPS = 1000  # of one step
+
+
+def write_run(root, name, seed, curve, arm="maml_ssl", pretrain_steps=0, every=10, **arguments):
+    """A finished run whose accuracies on the desired task are `curve`, one each `every` steps."""
+    rows, steps = [HEADER], pretrain_steps + every * len(curve)
+    accuracy = [""] * (pretrain_steps // every) + list(curve)
+    for number, value in enumerate(accuracy, 1):
+        total, phase = number * every, "target" if value != "" else "pretrain"
+        step = total - (pretrain_steps if value != "" else 0)
+        cost = f"{total * 64},{total * 64},{total * FLOPS},{total / 10}"
+        rows.append(f"{phase},{step},{total},{cost},1.5,{value},")
+    folder = Path(root) / name / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    settings = {"seed": seed, "name": name, "dataset": "shapes", "eval_on": "test", "steps": steps}
+    settings |= {"lr": 0.001, "eval_every": every, "out": str(root)} | arguments
+    if arm != "maml_ssl":
+        settings.setdefault("pretrain", ["supervised"])
+    content = {"arm": arm, "name": name, "arguments": settings, "commit": None}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder / "metrics.csv"
+
+
+def write_baseline(root, seeds, end=0.5):
+    """Fine-tuned runs of 100 steps, 50 of them pretraining; seed s ends with accuracy end[s]."""
+    ends = [end] * seeds if isinstance(end, float) else end
+    for seed, last in enumerate(ends):
+        write_run(root, "ft", seed, [0.1, 0.2, 0.3, 0.3, last], "pretrain_finetune", 50)
+
+
+def table_of(capsys, *argv):
+    """Run compare.py; its summary table as {arm: {column: cell}}."""
+    assert compare.main([str(word) for word in argv]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    header, _, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def refused(capsys, *argv):
+    """compare.py must refuse with one line and exit code 2; returns the line."""
+    assert compare.main([str(word) for word in argv]) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if "warning" not in x]
+    assert len(lines) == 1 and lines[0].startswith("compare.py: ")
+    return lines[0]
+
+
+# --- statistics ---
+@pytest.mark.parametrize(
+    ("df", "published"),  # NIST/SEMATECH e-Handbook, 1.3.6.7.2, two-sided 95%
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228), (30, 2.042)],
+)
+def test_t_critical_has_the_published_values(df, published):
+    assert compare.t_critical(df) == pytest.approx(published, abs=5.1e-4)
+
+
+def test_t_critical_has_the_published_values_at_other_levels_and_in_the_limit():
+    assert compare.t_critical(5, 0.99) == pytest.approx(4.032, abs=5e-4)
+    assert compare.t_critical(1000) == pytest.approx(1.962, abs=5e-4)
+
+
+def test_interval_equals_one_computed_by_hand():
+    # 1, 2, 3: mean 2, standard deviation 1, so 4.303 / sqrt(3) = 2.484
+    mean, half = compare.mean_interval(np.array([1.0, 2.0, 3.0]))
+    assert mean == 2 and half == pytest.approx(2.484, abs=1e-3)
+
+
+def test_interval_covers_95_percent():
+    draws = np.random.default_rng(0).normal(size=(5, 20000))
+    mean, half = compare.mean_interval(draws)
+    assert np.mean(np.abs(mean) <= half) == pytest.approx(0.95, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("curve", "place"),
+    [
+        ([0.1, 0.3, 0.6, 0.7], 1 + 2 / 3),  # between 0.3 and 0.6
+        ([0.1, 0.6, 0.4, 0.9], 2.2),  # crosses, is lost, crosses for good
+        ([0.1, 0.5], 1.0),  # equal is reached
+        ([0.6, 0.7], 0.0),  # there at the first evaluation
+        ([0.1, 0.6, 0.4], None),  # lost at the end
+        ([0.1, 0.2, 0.49], None),
+    ],
+)
+def test_first_for_good(curve, place):
+    found = compare.first_for_good(np.array(curve), 0.5)
+    assert found == (place if place is None else pytest.approx(place))
+
+
+# --- table ---
+def test_the_table_has_the_crossing_computed_by_hand(tmp_path, capsys):
+    write_baseline(tmp_path, 1)
+    # steps 10 to 50: at 20 above 0.5, at 30 below, from 30 to 40 it rises 0.4 -> 0.8: 32.5
+    write_run(tmp_path, "maml", 0, [0.2, 0.6, 0.4, 0.8, 0.9])
+    row = table_of(capsys, tmp_path)["MAML"]
+    assert row == {
+        "arm": "MAML",
+        "seeds": "1",
+        "final accuracy (%)": "90.0",
+        "there": "1 of 1",
+        "step": "32",
+        "10^3 FLOPs": "32.50",
+        "step ratio": "0.33",
+        "FLOP ratio": "0.33",
+    }
+
+
+def test_each_seed_is_paired_with_the_baseline_of_its_own_seed(tmp_path, capsys):
+    write_baseline(tmp_path, 3, [0.3, 0.5, 0.7])
+    for seed in range(3):  # accuracy 0.1 at step 10, 0.9 at step 90: 0.3 at 30, 0.5 at 50, ...
+        write_run(tmp_path, "maml", seed, [round(0.1 * k, 1) for k in range(1, 10)])
+    row = table_of(capsys, tmp_path)["MAML"]
+    # 30, 50, 70: standard deviation 20, so 4.303 * 20 / sqrt(3) = 49.68
+    assert (row["there"], row["step"]) == ("3 of 3", "50 ± 50")
+    assert row["step ratio"] == row["FLOP ratio"] == "0.50 ± 0.50"
+    assert row["final accuracy (%)"] == "90.0 ± 0.0"
+
+
+def test_an_unpaired_seed_is_not_counted(tmp_path, capsys):
+    write_baseline(tmp_path, 1)
+    for seed in (0, 7):
+        write_run(tmp_path, "maml", seed, [0.2, 0.6])
+    write_run(tmp_path, "probe", 5, [0.2, 0.6], "linear_probe", 50)
+    table = table_of(capsys, tmp_path)
+    assert (table["MAML"]["seeds"], table["MAML"]["there"]) == ("2", "1 of 1")
+    assert table["supervised, probed"]["there"] == "no paired seed"
+
+
+def test_an_arm_that_never_gets_there_shows_no_number(tmp_path, capsys):
+    write_baseline(tmp_path, 2)
+    for seed in range(2):
+        write_run(tmp_path, "maml", seed, [0.6, 0.4])
+    row = table_of(capsys, tmp_path)["MAML"]
+    assert row["there"] == "0 of 2"
+    assert {row[c] for c in ("step", "10^3 FLOPs", "step ratio", "FLOP ratio")} == {"not reached"}
+
+
+def test_lucky_seeds_alone_give_no_mean(tmp_path, capsys):
+    write_baseline(tmp_path, 3)
+    for seed, end in enumerate([0.6, 0.4, 0.7]):
+        write_run(tmp_path, "maml", seed, [0.2, end])
+    row = table_of(capsys, tmp_path)["MAML"]
+    assert (row["there"], row["step"], row["step ratio"]) == ("2 of 3", "censored", "censored")
+
+
+def test_baseline_is_chosen_by_name_or_left_out(tmp_path, capsys):
+    write_run(tmp_path, "maml", 0, [0.2, 0.6])
+    write_run(tmp_path, "scratch", 0, [0.2, 0.5], "pretrain_finetune", pretrain=["none"])
+    assert "there" not in table_of(capsys, tmp_path)["MAML"]
+    row = table_of(capsys, tmp_path, "--baseline", "scratch")["MAML"]
+    assert (row["there"], row["step"]) == ("1 of 1", "18")
+    assert "'nobody'" in refused(capsys, tmp_path, "--baseline", "nobody")
+
+
+def test_labels_tell_apart_what_differs_and_name_transductive_runs(tmp_path, capsys):
+    for name, rate, support in (
+        ("a", 0.1, "disjoint"),
+        ("b", 0.2, "disjoint"),
+        ("c", 0.1, "query"),
+    ):
+        write_run(tmp_path, name, 0, [0.2, 0.6], inner_lr=rate, support=support)
+    names = {"MAML, inner lr 0.1", "MAML, inner lr 0.2", "MAML (transductive)"}
+    assert set(table_of(capsys, tmp_path)) == names
+
+
+def test_evaluation_grid_is_no_setting_and_is_interpolated(tmp_path, capsys):
+    write_run(tmp_path, "a", 0, [0.1, 0.2, 0.3, 0.4], every=10)
+    write_run(tmp_path, "a", 1, [0.4, 0.6], every=20)
+    arms = compare.group_runs(compare.read_runs([tmp_path]))
+    assert len(arms) == 1
+    x, mean, half = compare.mean_curve(arms[0].runs, "total_step")
+    assert x.tolist() == [20, 30, 40] and mean == pytest.approx([30, 40, 50])
+    assert half == pytest.approx(12.706 * 10, abs=0.1)  # 20 and 40: deviation 14.14 / sqrt(2)
+
+
+def test_unfinished_seeds_are_left_out_where_others_are_finished(tmp_path, capsys):
+    write_run(tmp_path, "a", 0, [0.1, 0.2, 0.3])
+    path = write_run(tmp_path, "a", 1, [0.1, 0.2, 0.9])
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    row = table_of(capsys, tmp_path)["MAML"]
+    assert (row["seeds"], row["final accuracy (%)"]) == ("1 (+1 unfinished)", "30.0")
+    shutil.rmtree(tmp_path / "a" / "seed0")
+    assert table_of(capsys, tmp_path)["MAML (unfinished)"]["final accuracy (%)"] == "20.0"
+
+
+# --- broken logs ---
+def rewrite(path, change):
+    path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+
+
+def test_shuffled_rows_give_the_same_table(tmp_path, capsys):
+    write_baseline(tmp_path, 1)
+    path = write_run(tmp_path, "maml", 0, [0.2, 0.6, 0.4, 0.8, 0.9])
+    before = table_of(capsys, tmp_path)
+    rewrite(path, lambda lines: [lines[0], *(lines[i] for i in (3, 1, 5, 4, 2))])
+    assert compare.main([str(tmp_path)]) == 0
+    assert "sorted by total_step" in capsys.readouterr().err
+    assert table_of(capsys, tmp_path) == before
+
+
+def test_a_half_written_last_line_is_dropped_with_a_warning(tmp_path, capsys):
+    path = write_run(tmp_path, "a", 0, [0.1, 0.2, 0.3])
+    path.write_text(path.read_text()[:-4])  # '...,0.3,' -> '...,0' would read as a number
+    assert compare.main([str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "half-written" in said.err and "step 20 of 30" in said.err and "20.0" in said.out
+
+
+def test_repeated_rows_are_dropped_and_conflicting_ones_refused(tmp_path, capsys):
+    path = write_run(tmp_path, "a", 0, [0.1, 0.2, 0.3])
+    before = table_of(capsys, tmp_path)
+    rewrite(path, lambda lines: [*lines, lines[2], lines[2]])
+    assert table_of(capsys, tmp_path) == before and len(compare.read_log(path)) == 3
+    rewrite(path, lambda lines: [*lines, lines[2].replace("0.2", "0.25")])
+    assert f"{os.path.relpath(path)}, line 7: another row" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (",0.2,", ",nan,", "not finite"),
+        (",0.2,", ",inf,", "not finite"),
+        (",0.2,", ",,", "accuracy belongs"),
+        (",0.2,", ",1.2,", "above 1"),
+        (",0.2,", ",-0.2,", "negative"),
+        (",0.2,", ",zwei,", "no row of a log"),
+        (",0.2,", ",0.2,nan", "not finite"),
+        (",0.2,", ",0.2,,", "no row of a log"),
+        ("target,20", "target,-20", "negative"),
+        ("target,20", "target,20.5", "not a whole number"),
+        ("target,20", "target,5", "disagree"),
+        ("target,20", "Target,20", "no row of a log"),
+        ("20000", "9", "flops or seconds fall"),
+        ("20000", "", "empty cell"),
+        ("target,20,20,1280", "pretrain,20,20,1280", "accuracy belongs"),
+    ],
+)
+def test_a_wrong_cell_is_refused_with_its_file_and_line(tmp_path, capsys, old, new, said):
+    path = write_run(tmp_path, "a", 0, [0.1, 0.2, 0.3])
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    line = refused(capsys, tmp_path)
+    assert f"{os.path.relpath(path)}, line 3: " in line and said in line
+    assert not list(tmp_path.glob("comparison*"))
+
+
+def test_other_columns_are_refused_with_the_first_difference(tmp_path, capsys):
+    path = write_run(tmp_path, "a", 0, [0.1, 0.2])
+    path.write_text(path.read_text().replace("images,labels", "pictures,labels"))
+    assert "metrics.csv: column 4 is 'pictures', not 'images'" in refused(capsys, tmp_path)
+    path.write_text(HEADER.removesuffix(",accuracy_adapted") + "\n")
+    assert "column 10 is None, not 'accuracy_adapted'" in refused(capsys, tmp_path)
+
+
+def test_binary_bytes_are_refused(tmp_path, capsys):
+    path = write_run(tmp_path, "a", 0, [0.1, 0.2])
+    good = path.read_bytes()
+    for bad in (good + b"\xff\xfe\x00\n", good.replace(b"0.2", b"\0\0\0"), bytes(range(256))):
+        path.write_bytes(bad)
+        assert os.path.relpath(path) in refused(capsys, tmp_path)
+
+
+def test_a_broken_config_is_refused(tmp_path, capsys):
+    path = write_run(tmp_path, "a", 0, [0.1, 0.2]).with_name("config.json")
+    for text in ("", "[]", '{"arm": "x"}', path.read_text().replace('"seed": 0', '"seed": "x"')):
+        path.write_text(text)
+        assert os.path.relpath(path.parent) in refused(capsys, tmp_path)
+    path.unlink()
+    assert "config.json" in refused(capsys, tmp_path)
+
+
+def test_no_runs_and_no_accuracy_yet_are_refused(tmp_path, capsys):
+    assert "no run" in refused(capsys, tmp_path)
+    assert "nowhere" in refused(capsys, tmp_path / "nowhere")
+    path = write_run(tmp_path, "a", 0, [0.1])
+    for text in ("", HEADER, HEADER + "\n"):
+        path.write_text(text)
+        assert "no run" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["eval_on", "dataset"])
+def test_a_mixture_is_refused(tmp_path, capsys, key):
+    write_run(tmp_path, "a", 0, [0.1, 0.2])
+    write_run(tmp_path, "b", 0, [0.1, 0.2], **{key: "val"})
+    line = refused(capsys, tmp_path)
+    assert key in line and "val" in line
+
+
+def test_the_same_seed_twice_is_refused(tmp_path, capsys):
+    for name in "ab":
+        write_run(tmp_path, name, 0, [0.1, 0.2])
+    assert "the same run" in refused(capsys, tmp_path)
+    shutil.rmtree(tmp_path / "b")
+    assert compare.main([str(tmp_path), str(tmp_path / "a")]) == 0  # one run by two paths is one
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--x", "age"], ["--run", "--seeds", "0"], ["--run", "--", "--seed=3"], ["--no"]]
+)
+def test_bad_arguments_are_refused_with_one_line(capsys, argv):
+    refused(capsys, *argv)
+
+
+def test_a_million_rows_take_seconds(tmp_path, capsys):
+    path = write_run(tmp_path, "a", 0, [0.1, 0.2], steps=1_000_000)
+    row = "target,{0},{0},{0},{0},{0},{0},1.5,0.25,\n"
+    with path.open("w") as file:
+        file.write(HEADER + "\n")
+        file.writelines(row.format(step) for step in range(1, 1_000_001))
+    start = time.perf_counter()
+    assert table_of(capsys, tmp_path)["MAML"]["final accuracy (%)"] == "25.0"
+    assert time.perf_counter() - start < 30  # about 4 on a free core
+
+
+# --- figure ---
+@pytest.mark.parametrize("x", ["total_step", "step", "flops", "all"])
+def test_figure_and_table_are_written(tmp_path, capsys, x):
+    write_baseline(tmp_path, 2)
+    write_run(tmp_path, "maml", 0, [0.2, 0.6])  # one seed: no band
+    figure = tmp_path / "steps.png"
+    table_of(capsys, tmp_path, "--x", x, "--figure", figure)
+    assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 10_000
+    pdf = figure.with_suffix(".pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and len(pdf) > 5_000
+    assert "1 of 1" in figure.with_suffix(".md").read_text()
+
+
+def draw_axis(root, column):
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    return ax, compare.draw_axis(ax, compare.group_runs(compare.read_runs([root])), column)
+
+
+def test_pretraining_is_a_stretch_without_accuracy_except_on_the_axis_step(tmp_path):
+    write_baseline(tmp_path, 2)
+    ax, ends = draw_axis(tmp_path, "total_step")
+    curve, strip = ax.lines
+    assert curve.get_xdata().tolist() == [60, 70, 80, 90, 100] and ends[0][:2] == (50, 100)
+    assert list(strip.get_xdata()) == [0, 50]
+    ax, _ = draw_axis(tmp_path, "step")
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[10, 20, 30, 40, 50]]
+
+
+def test_one_seed_says_that_it_has_no_band(tmp_path):
+    write_run(tmp_path, "a", 0, [0.2, 0.6])
+    _, ends = draw_axis(tmp_path, "total_step")
+    assert "no" in ends[0][2] and "band" in ends[0][2]
+
+
+def test_labels_keep_their_distance_and_stay_near():
+    assert compare.spread(np.array([1.0, 5.0]), np.array([2.0])).tolist() == [1, 5]
+    assert compare.spread(np.array([1.0, 1.0]), np.array([2.0])).tolist() == [0, 2]
+    wanted = np.sort(np.random.default_rng(0).normal(size=8))
+    assert np.diff(compare.spread(wanted, np.full(7, 0.5))).min() >= 0.5 - 1e-9
+
+
+# --- running the arms ---
+STUB = """
+import argparse, json, os, pathlib, sys, time
+parser = argparse.ArgumentParser()
+for flag in ("--dataset", "--out", "--source", "--data-dir"):
+    parser.add_argument(flag)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--resume", action="store_true")
+args = parser.parse_args()
+arm = pathlib.Path(__file__).stem
+if arm == "linear_probe" and args.seed == 1:
+    sys.exit("a bar 50%\\rlinear_probe.py: the probe of seed 1 is broken")
+folder = pathlib.Path(args.out, arm, f"seed{args.seed}")
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder.parent / "calls", "a") as file:
+    file.write(f"{args.seed} {args.resume} {os.environ.get('OMP_NUM_THREADS')}\\n")
+log = folder / "metrics.csv"
+rows = log.read_text().splitlines() if log.exists() else [HEADER]
+(folder / "config.json").write_text(json.dumps({"arm": arm, "arguments": vars(args)
+    | {"eval_on": "test", "pretrain": ["supervised"]}}))
+try:
+    for step in range(10 * len(rows), args.steps + 1, 10):
+        time.sleep(PAUSE)
+        rows.append(f"target,{step},{step},{step},{step},{step},{step},1,{step / 100},")
+        log.write_text("\\n".join(rows) + "\\n")
+except KeyboardInterrupt:
+    (folder / "interrupted").touch()
+    sys.exit(130)
+"""
+
+
+def write_stubs(root, pause=0.0):
+    """A copy of compare.py beside three stub arms; the probe of seed 1 fails."""
+    shutil.copy(compare.__file__, root)
+    for arm in compare.ARMS:
+        stub = STUB.replace("PAUSE", str(pause)).replace("HEADER", repr(HEADER))
+        (root / f"{arm}.py").write_text(stub)
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    options = {"cwd": root, "env": environment, "text": True}
+    return [sys.executable, "compare.py", "--run"], options
+
+
+def test_run_starts_continues_and_skips_and_one_failure_loses_nothing(tmp_path):
+    command, options = write_stubs(tmp_path)
+    command += ["--seeds", "2", "--jobs", "2", "--", "--steps", "40"]
+    out = tmp_path / "runs" / "shapes_steps_40"
+    first = subprocess.run(command, capture_output=True, **options)
+    assert first.returncode == 1, first.stderr
+    failed = [x for x in first.stderr.splitlines() if "broken" in x]
+    assert failed == [
+        "compare.py: linear_probe seed 1 ended with code 1: "
+        "linear_probe.py: the probe of seed 1 is broken"
+    ]
+    assert "40.0" in first.stdout and (out / "comparison.png").exists()
+    calls = (out / "maml_ssl" / "calls").read_text().splitlines()
+    assert sorted(calls) == ["0 True 1", "1 True 1"]  # --jobs 2: single-thread processes
+    # Break one run off; the same command continues it.
+    log = out / "maml_ssl" / "seed1" / "metrics.csv"
+    whole = log.read_text()
+    rewrite(log, lambda lines: lines[:2])
+    again = subprocess.run(command, capture_output=True, **options)
+    assert again.returncode == 1 and log.read_text() == whole
+
+
+def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(tmp_path):
+    command, options = write_stubs(tmp_path, pause=10)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, **options)
+    running = tmp_path / "runs" / "shapes" / "maml_ssl" / "seed0" / "config.json"
+    for _ in range(200):
+        if running.exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130 and "the same command continues" in said
+    assert (running.parent / "interrupted").exists()
+    assert not (tmp_path / "runs" / "shapes" / "linear_probe").exists()
