@@ -600,6 +600,7 @@ def main(argv: list[str] | None = None) -> None:
     steps, frozen = args.steps - args.pretrain_steps, []
     train(run, "target", steps, model, probing_gradient, evaluate)
     assert {*frozen} <= {digest(model.encoder)}, "the probe has changed the encoder"
+    print(f"log: {run.log}")
 
 
 if __name__ == "__main__":

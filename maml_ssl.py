@@ -724,6 +724,7 @@ def main(argv: list[str] | None = None) -> None:
         return unadapted, accuracy(adapted, labels)
 
     train(run, "target", args.steps, model, step_gradient, evaluate)
+    print(f"log: {run.log}")
 
 
 if __name__ == "__main__":

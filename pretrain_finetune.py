@@ -594,6 +594,7 @@ def main(argv: list[str] | None = None) -> None:
     model.heads["target"].requires_grad_(True)
     steps = args.steps - args.pretrain_steps
     train(run, "target", steps, model, finetuning_gradient, evaluate)
+    print(f"log: {run.log}")
 
 
 if __name__ == "__main__":
