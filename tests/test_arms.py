@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import linear_probe
 import maml_ssl
@@ -48,7 +49,9 @@ def read(directory):
 
 
 def blocks(text):
-    found = re.findall(r"^# --- (?!end )(.*): (.*) ---\n(.*?)^# --- end \1: \2 ---", text, re.S | re.M)
+    found = re.findall(
+        r"^# --- (?!end )(.*): (.*) ---\n(.*?)^# --- end \1: \2 ---", text, re.S | re.M
+    )
     return {(kind, name): body for kind, name, body in found}
 
 
@@ -173,7 +176,9 @@ def test_pretraining_moves_the_encoder_and_leaves_the_head_of_the_desired_task(t
     args = pretrain_finetune.parse_args(TINY)
     heads = {"target": lambda c: pretrain_finetune.classifier(10, c)}
     fresh = pretrain_finetune.make_model(args, heads).state_dict()
-    assert not torch.equal(state["model"]["encoder.layers.0.weight"], fresh["encoder.layers.0.weight"])
+    assert not torch.equal(
+        state["model"]["encoder.layers.0.weight"], fresh["encoder.layers.0.weight"]
+    )
     assert torch.equal(state["model"]["heads.target.2.weight"], fresh["heads.target.2.weight"])
 
 
@@ -207,7 +212,9 @@ def test_the_log_has_the_agreed_columns_and_counts_what_was_used(tmp_path):
     assert config["versions"]["torch"] == torch.__version__
 
 
-def test_flops_of_a_supervised_step_are_three_forward_passes_less_the_first_input_gradient(tmp_path):
+def test_flops_of_a_supervised_step_are_three_forward_passes_less_the_first_input_gradient(
+    tmp_path,
+):
     rows, *_ = run("pretrain_finetune", tmp_path, "--pretrain", "none", "--steps", 3)
     layers, before = [], 3  # multiply-adds of one image, by hand
     for i, after in enumerate([4, 4, 8, 8, 16, 16]):
@@ -275,8 +282,8 @@ def test_readme_shows_commands_of_every_arm():
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_run_with_small_sizes(command, tmp_path, monkeypatch, image_folders):
-    words = [w for w in shlex.split(command)[1:]]
+def test_readme_commands_run_with_small_sizes(command, tmp_path, image_folders):
+    words = shlex.split(command)[1:]
     names = {"cifar10": image_folders / "a", "cifar100": image_folders / "b"}
     names |= {"FOLDER": image_folders / "a", "OTHER": image_folders / "b"}
     words = [str(names.get(word, word)) for word in words]
@@ -294,8 +301,6 @@ def test_readme_commands_run_with_small_sizes(command, tmp_path, monkeypatch, im
 @pytest.fixture(scope="module")
 def image_folders(tmp_path_factory):
     root, generator = tmp_path_factory.mktemp("folders"), torch.Generator().manual_seed(0)
-    from torchvision.io import write_png
-
     for folder in ("a", "b"):
         for split in ("train", "test"):
             for label in ("cat", "dog", "owl"):
@@ -303,7 +308,8 @@ def image_folders(tmp_path_factory):
                 place.mkdir(parents=True)
                 for i in range(12):
                     image = torch.randint(0, 256, (3, 32, 32), generator=generator)
-                    write_png(image.to(torch.uint8), str(place / f"{i}.png"))
+                    pixels = image.permute(1, 2, 0).to(torch.uint8).numpy()
+                    Image.fromarray(pixels).save(place / f"{i}.png")
     return root
 
 
@@ -313,7 +319,9 @@ def test_readme_s_seventh_task_works_as_it_stands_there(tmp_path, monkeypatch):
     assert len(example.strip().splitlines()) <= 20
     source = (ROOT / "pretext.py").read_text()
     body, entry = example.rsplit("\n\n", 1)  # the class, then its line of the dict
-    source = source.replace("TASKS: dict[str, type] = {\n", f"{body}\n\n\nTASKS = {{\n    {entry.strip()}\n")
+    source = source.replace(
+        "TASKS: dict[str, type] = {\n", f"{body}\n\n\nTASKS = {{\n    {entry.strip()}\n"
+    )
     (tmp_path / "pretext.py").write_text(source)
     shutil.copy(ROOT / "maml_ssl.py", tmp_path)
     name = re.match(r'"(\w+)"', entry.strip()).group(1)

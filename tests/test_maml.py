@@ -12,7 +12,6 @@ from torch.func import functional_call
 import maml_ssl
 import pretext
 
-
 # --- a quadratic: everything about it is known ---
 
 
@@ -171,7 +170,9 @@ def test_meta_gradient_equals_central_finite_differences(problem, inner, steps):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("inner", ["per-task", "joint"])
-def test_the_recursion_equals_autograd_through_the_unrolled_loop(problem, inner, first_order, steps):
+def test_the_recursion_equals_autograd_through_the_unrolled_loop(
+    problem, inner, first_order, steps
+):
     model, tasks, each, joint = problem
     groups = joint if inner == "joint" else each
     args = settings(inner_steps=steps, first_order=first_order)
@@ -199,7 +200,9 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(problem):
         values.append(F.cross_entropy(logits, labels).item())
     numeric = (values[0] - values[1]) / (2 * h)
     assert (gradient[name] * direction).sum().item() == pytest.approx(numeric, rel=1e-6)
-    assert (gradient["heads.rotation.2.weight"] == 0).all()  # trap 1: no gradient for a pretext head
+    assert (
+        gradient["heads.rotation.2.weight"] == 0
+    ).all()  # trap 1: no gradient for a pretext head
 
 
 def test_second_order_gives_pretext_heads_a_gradient_without_pretext_weight(problem):
@@ -233,7 +236,9 @@ def test_inner_lr_zero_is_joint_training_whatever_the_groups(problem):
 def test_no_pretext_work_and_no_inner_lr_is_supervised_training():
     """Several AdamW steps: the parameters are equal to the bit."""
     torch.manual_seed(0)
-    model = maml_ssl.Model(SmoothEncoder(), {"target": nn.Sequential(nn.Flatten(), nn.Linear(16, 3))})
+    model = maml_ssl.Model(
+        SmoothEncoder(), {"target": nn.Sequential(nn.Flatten(), nn.Linear(16, 3))}
+    )
     twin, args = copy.deepcopy(model), settings(inner_lr=0.0, pretext_weight=0.0)
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, twin)]
     for step in range(5):
