@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -62,21 +61,21 @@ ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")
 
 def fail(message: object, code: int = 2):
     """End with one line that says what is wrong and what to do; code 2: the user can mend it."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    # print() would put it at the end of a progress bar
+    tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
-def number(kind: type, low: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least (or, with `above`, more than) `low`."""
+def number(low: float, high: float = 1e9) -> Callable[[str], float]:
+    """An argparse type: a number of low's type in [low, high), so neither infinite nor nan."""
 
     def convert(text: str) -> float:
-        value = kind(text)
-        if value < low or (above and value == low) or not value < 1e9:
-            bound = f"{'above' if above else 'at least'} {low} and below 1e9"
-            raise argparse.ArgumentTypeError(f"{text} must be {bound}")
-        return value
+        with suppress(ValueError):
+            if low <= (value := type(low)(text)) < high:
+                return value
+        is_no = f"is no {type(low).__name__} from {low} to below {high:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} {is_no}")
 
-    convert.__name__ = kind.__name__  # for argparse's own "invalid int value"
     return convert
 
 
@@ -84,23 +83,21 @@ def common_arguments(prog: str, about: str) -> argparse.ArgumentParser:
     """A parser with the arguments that every arm has; None stands for a default found later."""
     parser = argparse.ArgumentParser(prog, description=about)
     parser.error = lambda message: fail(f"{message}; see --help")
-    count, positive, zero = number(int, 1), number(float, 0, above=True), number(float, 0)
     sized = {k: f"(default: {SMALL[k]} for shapes, {LARGE[k]} otherwise)" for k in SMALL}
     is_ = "(default: %(default)s)"
     add = parser.add_argument_group("run").add_argument
-    add("--steps", type=count, help=f"optimizer steps, pretraining included {sized['steps']}")
-    add("--eval-every", type=count, help=f"steps {sized['eval_every']}")
-    add("--lr", type=positive, default=1e-3, help=f"learning rate of AdamW {is_}")
-    add("--weight-decay", type=zero, default=0.01, help=f"of AdamW {is_}")
-    add("--warmup-steps", type=number(int, 0), default=50, help=f"linear, in each phase {is_}")
+    add("--steps", type=number(1), help=f"optimizer steps, pretraining included {sized['steps']}")
+    add("--eval-every", type=number(1), help=f"steps {sized['eval_every']}")
+    add("--lr", type=number(1e-9), default=1e-3, help=f"learning rate of AdamW {is_}")
+    add("--weight-decay", type=number(0.0), default=0.01, help=f"of AdamW {is_}")
+    add("--warmup-steps", type=number(0), default=50, help=f"linear, in each phase {is_}")
     add("--schedule", choices=("constant", "cosine"), default="constant", help=f"after it {is_}")
-    add("--ema", type=zero, default=0.98, help=f"decay of the averaged weights, 0: none {is_}")
-    add("--seed", type=number(int, 0), default=0, help=f"of everything that is drawn {is_}")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--ema", type=number(0.0, 1), default=0.98, help=f"decay of averaged weights, or 0 {is_}")
+    add("--seed", type=number(0), default=0, help=f"of everything that is drawn {is_}")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=best, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--out", default="runs", help=f"the log goes to OUT/NAME/seed<k>/ {is_}")
-    add(
-        "--name", help="(default: the arm, the dataset and the flags that are not at their default)"
-    )
+    add("--name", help="(default: the arm, the dataset and the flags not at their defaults)")
     add("--resume", action="store_true", help="go on where the run broke off, if it did")
     add("--overwrite", action="store_true", help="drop what the run directory holds")
     add = parser.add_argument_group("data and backbone").add_argument
@@ -109,12 +106,12 @@ def common_arguments(prog: str, about: str) -> argparse.ArgumentParser:
     add("--dataset", default="shapes", help=f"desired task: {kinds}; shapes are drawn {is_}")
     add("--source", help=f"another dataset or folder (default: {other}, by its other classes)")
     add("--data-dir", default="data", help=f"for downloads and decoded folders {is_}")
-    add("--labels-per-class", type=count, help="images of each class, no others (default: all)")
+    add("--labels-per-class", type=number(1), help="images of each class, no others (default: all)")
     add("--eval-on", choices=("test", "val"), default="test", help=f"val: 1/5 of the labels {is_}")
-    add("--batch-size", type=count, help=f"labelled images a step {sized['batch_size']}")
-    add("--image-size", type=count, default=32, help=f"pixels, a multiple of 8 {is_}")
+    add("--batch-size", type=number(1), help=f"labelled images a step {sized['batch_size']}")
+    add("--image-size", type=number(8), default=32, help=f"pixels, a multiple of 8 {is_}")
     add("--backbone", choices=("conv", "resnet18"), default="conv", help=f"the encoder {is_}")
-    add("--width", type=count, help=f"channels of conv's first block {sized['width']}")
+    add("--width", type=number(1), help=f"channels of conv's first block {sized['width']}")
     return parser
 
 
@@ -122,27 +119,21 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     """Fill in the defaults that depend on others, name the run, check what all arms share."""
     dataset = parser.parse_known_args(argv)[0].dataset
     parser.set_defaults(**(SMALL if dataset == "shapes" else LARGE))
-    args, plain = parser.parse_args(argv), parser.parse_args([f"--dataset={dataset}"])
-    if not args.name:
-        changed = {k: v for k, v in vars(args).items() if v != vars(plain)[k]}
-        text = {k: "+".join(v) if isinstance(v, list) else v for k, v in changed.items()}
-        flags = [f"{k}={v}" for k, v in text.items() if k not in (*ELSEWHERE, "dataset")]
-        name = "-".join([Path(parser.prog).stem, dataset, *flags])
-        args.name = re.sub(r"[^\w.=+-]", "_", name)
+    args, plain = parser.parse_args(argv), vars(parser.parse_args([f"--dataset={dataset}"]))
+    changed = {k: v for k, v in vars(args).items() if v != plain[k] and k not in ELSEWHERE}
+    flags = [f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in changed.items()]
+    name = "-".join([Path(parser.prog).stem, dataset, *flags])
+    args.name = args.name or re.sub(r"[^\w.=+-]", "_", name)
     args.source = args.source or DATASETS.get(dataset, (None, None))[1]
     for flag, name in ("--dataset", dataset), ("--source", args.source):
-        if name and name not in DATASETS and not Path(name).is_dir():
-            fail(f"{flag} {name}: no such folder, and none of {', '.join(DATASETS)}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if name is not None and name not in DATASETS and not os.path.isdir(name):
+            fail(f"{flag} {name!r}: no such folder, and none of {', '.join(DATASETS)}")
     try:
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        fail(f"--device {args.device} is not to be had here; --device cpu always is")
+    except Exception:  # each kind of device has its own
+        fail(f"--device {args.device!r} is not to be had here; --device cpu always is")
     if args.image_size % 8:
         fail(f"--image-size {args.image_size}: take a multiple of 8")
-    if args.ema >= 1:
-        fail(f"--ema {args.ema}: take a number below 1")
     return args
 
 
@@ -153,19 +144,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_arguments("maml_ssl.py", __doc__.split("\n")[0])
     add = parser.add_argument_group("algorithm").add_argument
     default = f"(default: {' '.join(pretext.DEFAULT_TASKS)}; without colorization for gray images)"
+    is_ = "(default: %(default)s)"
     add("--pretext", nargs="+", choices=pretext.TASKS, help=f"inner-loop tasks {default}")
-    add("--inner-lr", type=number(float, 0), default=0.01, help="alpha")
-    add("--inner-steps", type=number(int, 1), default=1, help="K")
+    add("--inner-lr", type=number(0.0), default=0.01, help=f"alpha {is_}")
+    add("--inner-steps", type=number(1), default=1, help=f"K {is_}")
     add("--first-order", action="store_true", help="drop the second derivatives")
-    add("--pretext-weight", type=number(float, 0), default=0.1, help="beta")
+    add("--pretext-weight", type=number(0.0), default=0.1, help=f"beta {is_}")
     add("--inner", choices=("per-task", "joint"), default="per-task", help="one adaptation for each"
-        " task, or one by the mean pretext loss")  # fmt: skip
+        f" task, or one by the mean pretext loss {is_}")  # fmt: skip
     add("--support", choices=("disjoint", "query"), default="disjoint", help="images to adapt to:"
-        " others than the query, or the query itself, unlabelled (transductive)")  # fmt: skip
-    add("--support-batch-size", type=number(int, 2), help="images for each task (default: half a"
+        f" others than the query, or the query itself, unlabelled: transductive {is_}")  # fmt: skip
+    add("--support-batch-size", type=number(2), help="images for each task (default: half a"
         " batch)")  # fmt: skip
     add("--pretext-images", choices=("target", "both"), default="target", help="both: the source's"
-        " images too, without labels")  # fmt: skip
+        f" images too, without labels {is_}")  # fmt: skip
     args = parse(parser, argv)
     gray = args.dataset in ("mnist", "fashion_mnist")
     args.pretext = args.pretext or [
@@ -202,34 +194,44 @@ def rng(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> torch.Ge
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def decode(path: str, side: int) -> torch.Tensor:
+    """The central square of an image file of any mode, scaled: [3, side, side] uint8."""
+    try:
+        image = Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"))
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, whose range nobody knows")
+        if image.mode[0] == "I":  # 16-bit gray, which convert() would clip at 255
+            image = image.point(lambda value: value / 257)
+        return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (side, side)))
+    except Exception as error:  # Pillow's decoders raise all kinds
+        fail(f"{path} is no readable image ({error}); mend or remove it")
+
+
 def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """-> (images, labels) of train/ and of test/ or val/; decoded once, until a file changes."""
-    test = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
+    names = ("train", "test" if (root / "test").is_dir() else "val")
+    shown = lambda path: Path(path).name[0] != "."  # noqa: E731  (every other file is an image)
     try:
-        splits = [torchvision.datasets.ImageFolder(root / split) for split in ("train", test)]
+        splits = [torchvision.datasets.ImageFolder(root / n, is_valid_file=shown) for n in names]
+        stats = [(path, os.stat(path)) for split in splits for path, _ in split.samples]
     except OSError as error:
-        fail(f"{root}: {error}; every class needs images, in train/CLASS/ and {test}/CLASS/")
+        fail(f"{root}: {error}; every class needs images, in train/CLASS/ and test/ or val/CLASS/")
     if odd := {*splits[0].classes} ^ {*splits[1].classes}:
-        fail(f"{root}: classes in only one of train/ and {test}/: {', '.join(sorted(odd))}")
-    stats = [(path, os.stat(path)) for split in splits for path, _ in split.samples]
-    key = hashlib.sha256(
-        repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()
-    ).hexdigest()
-    copy = Path(args.data_dir, f"decoded-{root.resolve().name}-{args.image_size}.pt")
-    with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError):
-        return torch.load(copy, weights_only=True)[key]  # KeyError: of other files
-    decoded, size = [], (args.image_size, args.image_size)
+        fail(f"{root}: classes in only one of {' and '.join(names)}: {', '.join(sorted(odd))}")
+    state = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    key, name = hashlib.sha256(state.encode()).hexdigest(), "-".join(root.resolve().parts[-2:])
+    copy = Path(args.data_dir, f"decoded-{name}-{args.image_size}.pt")
+    with suppress(Exception):  # there is none, it is damaged, or (KeyError) of other files
+        return torch.load(copy, weights_only=True)[key]
+    decoded = []
     for split in splits:
-        images = torch.empty(len(split.samples), 3, *size, dtype=torch.uint8)
-        for i, (path, _) in enumerate(tqdm(split.samples, f"decoding {split.root}", leave=False)):
-            try:  # the central square, scaled
-                images[i] = pil_to_tensor(ImageOps.fit(Image.open(path).convert("RGB"), size))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                fail(f"{path} is no readable image ({error}); mend or remove it")
+        bar = tqdm(split.samples, f"decoding {split.root}", leave=False, disable=None)
+        images = torch.stack([decode(path, args.image_size) for path, _ in bar])
         decoded.append((images, torch.tensor(split.targets)))
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({key: decoded}, f"{copy}.{os.getpid()}")
-    os.replace(f"{copy}.{os.getpid()}", copy)
+    with suppress(OSError, RuntimeError):  # without a copy, the next run decodes again
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: decoded}, f"{copy}.{os.getpid()}")
+        os.replace(f"{copy}.{os.getpid()}", copy)
     return decoded
 
 
@@ -241,12 +243,12 @@ def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
     elif name in DATASETS:
         try:
             sets = [DATASETS[name][0](args.data_dir, t, download=True) for t in (True, False)]
-        except (OSError, RuntimeError) as error:
-            ways = "--dataset shapes and a folder of images need no network"
-            fail(f"{name} is not in {args.data_dir} and can't be downloaded ({error}); {ways}")
+        except Exception as error:  # of the network, of the disk, of a reader of damaged files
+            ways = "remove what is damaged; --dataset shapes and a folder need no network"
+            fail(f"{name} is not whole in {args.data_dir}, nor to be downloaded ({error}); {ways}")
         splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
-        rgb = {3: lambda x: x[:, None].expand(-1, 3, -1, -1), 4: lambda x: x.movedim(3, 1)}
-        splits = [(rgb[images.ndim](images), labels) for images, labels in splits]
+        splits = [(x[..., None] if x.ndim == 3 else x, y) for x, y in splits]  # [N, H, W, 1 or 3]
+        splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
     else:
         splits = load_folder(Path(name), args)
     size = [args.image_size, args.image_size]
@@ -258,17 +260,18 @@ def load_target(args: argparse.Namespace) -> Data:
     """The desired task within its label budget; with --eval-on val a fifth of that is the test."""
     data, kept, held = load(args.dataset, args), [], []
     order = torch.randperm(len(data.labels), generator=rng(args.seed, "labels")).to(args.device)
+    val = args.eval_on == "val"
     for label in data.labels.unique():
         members = order[data.labels[order] == label]
         budget = args.labels_per_class or len(members)
-        cut = max(1, budget // 5) if args.eval_on == "val" else 0
-        if budget > len(members) or budget == cut:
-            has = f"class {label} has {len(members)} training images, {cut} of them for validation"
-            fail(f"--labels-per-class {budget}: {has}")
+        if not 1 + val <= budget <= len(members):
+            take = f"take {1 + val} to {len(members)}, all that class {label} has"
+            fail(f"--labels-per-class {budget}, --eval-on {args.eval_on}: {take}")
+        cut = val * max(1, budget // 5)
         held.append(members[:cut])
         kept.append(members[cut:budget])
     kept, held = torch.cat(kept), torch.cat(held)
-    if args.eval_on == "val":
+    if val:
         data = data._replace(test_images=data.images[held], test_labels=data.labels[held])
     return data._replace(images=data.images[kept], labels=data.labels[kept])
 
@@ -533,14 +536,24 @@ def commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
+def replace(path: Path, write: Callable) -> None:
+    """Write a file beside `path`, then rename it: at any moment the old or the new one is whole."""
+    with open(f"{path}.new", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
+
+
 class Run:
     """A run directory, OUT/NAME/seed<k>/: config.json, metrics.csv, checkpoint.pt; and signals."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module):
         self.args, self.signal, self.state = args, 0, None
-        self.directory = Path(args.out, args.name, f"seed{args.seed}")
-        self.log, self.checkpoint = self.directory / "metrics.csv", self.directory / "checkpoint.pt"
         self.counts = dict.fromkeys([*COUNTS, "loss", "losses"], 0)
+        self.directory = Path(args.out, args.name, f"seed{args.seed}")
+        files = ("config.json", "metrics.csv", "checkpoint.pt")
+        self.config, self.log, self.checkpoint = (self.directory / file for file in files)
         config = {
             "arm": Path(__file__).stem,
             "name": args.name,
@@ -549,35 +562,39 @@ class Run:
             "commit": commit(),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
-        if (self.directory / "config.json").exists() and not args.overwrite:
-            self.look_back(json.loads((self.directory / "config.json").read_text())["arguments"])
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if self.state:
-                os.truncate(self.log, self.state["log_bytes"])
-            else:  # a new run: nothing older may be taken for its own
+            held = self.config.exists() or self.checkpoint.exists()
+            if held and (args.resume or not args.overwrite):
+                self.look_back()
+            if not self.state:  # a new run: nothing older may be taken for its own
                 self.checkpoint.unlink(missing_ok=True)
                 self.log.write_text(",".join(COLUMNS) + "\n")
-            (self.directory / "config.json").write_text(json.dumps(config, indent=1))
+            replace(self.config, lambda file: file.write(json.dumps(config, indent=1).encode()))
         except OSError as error:
             fail(f"--out {args.out}: {error}; take a directory that can be written")
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGTERM, self.stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
 
-    def look_back(self, old: dict) -> None:
+    def look_back(self) -> None:
         """Refuse another configuration, leave a finished run alone, go on with a broken-off one."""
+        file = self.config
+        try:
+            old = dict(json.loads(file.read_bytes())["arguments"])
+            longer = self.args.schedule == "constant" and self.args.steps > old["steps"]
+            file = self.checkpoint
+            if file.exists():
+                self.state = torch.load(file, "cpu", weights_only=True)
+                self.counts = {name: self.state["counts"][name] for name in self.counts}
+                log_bytes, file = self.state["log_bytes"], self.log
+                if file.stat().st_size < log_bytes:
+                    raise EOFError
+        except Exception as error:
+            fail(f"{file} is missing or damaged ({type(error).__name__}); --overwrite starts again")
         for key, value in vars(self.args).items():
-            if key not in ELSEWHERE and old.get(key) != value:
-                was = f"--{key.replace('_', '-')} {old.get(key)}, not {value}"
-                fail(
-                    f"{self.directory} holds a run with {was}; take another --name, or --overwrite"
-                )
-        if self.checkpoint.exists():
-            try:
-                self.state = torch.load(self.checkpoint, "cpu", weights_only=True)
-                self.counts = self.state["counts"]
-            except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-                fail(f"{self.checkpoint} is damaged ({error}); --overwrite starts again")
+            if key not in ELSEWHERE and old.get(key) != value and not (longer and key == "steps"):
+                was = f"--{key.replace('_', '-')} {old.get(key)}, not {value}; take another --name"
+                fail(f"{self.directory} holds a run with {was}, or --overwrite")
         if self.counts["total_step"] >= self.args.steps:
             print(f"{self.directory} holds this run, finished; --overwrite runs it again")
             raise SystemExit(0)
@@ -585,22 +602,36 @@ class Run:
             ways = "--resume goes on with it, --overwrite starts again"
             fail(f"{self.directory} holds an unfinished run; {ways}")
 
+    def restore(self, phase: str, steps: int, parts: dict) -> int:
+        """-> the step to begin a phase at; the parts and the log as the checkpoint has them."""
+        if not self.state:
+            return 0
+        try:
+            if phase == "pretrain" and self.state["phase"] == "target":
+                return steps
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+            os.truncate(self.log, self.state["log_bytes"])  # rows that it does not know come again
+            step, self.state = int(self.state["step"]), None
+            return step
+        except Exception as error:
+            why = f"does not fit this run ({type(error).__name__})"
+            fail(f"{self.checkpoint} {why}; --overwrite starts again")
+
     def stop(self, number: int, _frame: object) -> None:
         """The first signal ends the run after this step, a second one at once."""
-        if self.signal:
-            os._exit(128 + number)
         self.signal = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
 
-    def save(self, phase: str, step: int, parts: dict) -> None:
-        """The checkpoint, written beside the last one and then put in its place."""
+    def save(self, phase: str, step: int, parts: dict, accuracies: tuple | None) -> None:
+        """A row of the log, if there are accuracies, and the checkpoint that goes with it."""
+        if accuracies:
+            self.row(phase, step, accuracies)
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"phase": phase, "step": step, "counts": self.counts}
         state |= {"log_bytes": self.log.stat().st_size}
-        with open(f"{self.checkpoint}.new", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{self.checkpoint}.new", self.checkpoint)
+        replace(self.checkpoint, partial(torch.save, state))
 
     def row(self, phase: str, step: int, accuracies: tuple[float | None, float | None]) -> None:
         """One line in the log, one on the screen."""
@@ -635,13 +666,8 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    parts, first = {"model": model, "average": average, "optimizer": optimizer}, 0
-    if run.state and run.state["phase"] != phase:
-        first = steps  # the checkpoint is of a later phase
-    elif run.state:
-        for name, part in parts.items():
-            part.load_state_dict(run.state[name])
-        first, run.state = run.state["step"], None
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    first = run.restore(phase, steps, parts)
     bar = tqdm(range(first, steps), phase, initial=first, total=steps, dynamic_ncols=True)
     for step in bar:
         began = time.perf_counter()
@@ -654,26 +680,29 @@ def train(
         flops = flops or counter.get_total_flops()  # every step of a phase does the same work
         losses["gradient"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
         losses = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                kept = f"checkpoint: {run.checkpoint if run.checkpoint.exists() else 'none yet'}"
-                fail(f"{phase} step {step + 1}: {name} is {value}; {kept}; try a smaller --lr", 1)
+        if bad := [f"{name} {x}" for name, x in losses.items() if not math.isfinite(x)]:
+            bar.close()
+            why = f"{phase} step {step + 1}: {', '.join(bad)}, so it is not applied"
+            fail(f"{why}; the last checkpoint is kept; try a smaller --lr", 1)
         optimizer.step()
         average.update_parameters(model)
         used = [1, images, labels, flops, time.perf_counter() - began, losses[phase], 1]
         run.counts = {k: n + more for (k, n), more in zip(run.counts.items(), used, strict=True)}
         bar.set_postfix(loss=f"{losses[phase]:.3f}", refresh=False)
+        now = (step + 1) % args.eval_every == 0 or step + 1 == steps
+        accuracies = evaluate(average.module) if now else None
+        stopped = run.signal  # one that comes from here on waits for the next step
         try:
-            now = (step + 1) % args.eval_every == 0 or step + 1 == steps
-            if now:
-                run.row(phase, step + 1, evaluate(average.module))
-            if now or run.signal:
-                run.save(phase, step + 1, parts)
-        except OSError as error:
-            fail(f"{run.directory}: {error}; the checkpoint before this is whole", 1)
-        if run.signal:
+            if now or stopped:
+                run.save(phase, step + 1, parts, accuracies)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, of a full disk
             bar.close()
-            fail("stopped; the same command with --resume goes on", 128 + run.signal)
+            why = f"can't be written ({error}); make room"
+            fail(f"{run.directory} {why}, then --resume: the last checkpoint is whole", 1)
+        if stopped:
+            bar.close()
+            where = f"stopped after {phase} step {step + 1}"
+            fail(f"{where}; the same command with --resume goes on", 128 + stopped)
     return average.module
 
 
