@@ -145,9 +145,9 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def short_name(run: Run) -> str:
     """What figure and table call an arm, before the settings that tell two of a name apart."""
-    before = run.settings.get("pretrain")
+    before, inner_lr = run.settings.get("pretrain"), run.settings.get("inner_lr")
     name = {
-        "maml_ssl": "MAML",
+        "maml_ssl": "joint, no inner loop" if inner_lr == 0 else "MAML",
         "pretrain_finetune": "from scratch" if before == "none" else f"{before}, fine-tuned",
         "linear_probe": f"{before}, probed",
     }.get(run.arm, run.arm)
@@ -404,6 +404,7 @@ def main(argv: list[str]) -> int:
         text = report(arms, find_baseline(arms, args.baseline))
         print(text)
         with rc_context(STYLE):
+            args.figure.parent.mkdir(parents=True, exist_ok=True)
             draw(arms, list(AXES) if args.x == "all" else [args.x], args.figure)
         args.figure.with_suffix(".md").write_text(text, encoding="utf-8")
         print(f"figure: {args.figure} and .pdf; table: {args.figure.with_suffix('.md')}")

@@ -87,11 +87,11 @@ def common_arguments(prog: str, about: str) -> argparse.ArgumentParser:
     is_ = "(default: %(default)s)"
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=number(1), help=f"optimizer steps, pretraining included {sized['steps']}")
-    add("--eval-every", type=number(1), help=f"steps {sized['eval_every']}")
+    add("--eval-every", type=number(1), help=f"steps between evaluations {sized['eval_every']}")
     add("--lr", type=number(1e-9), default=1e-3, help=f"learning rate of AdamW {is_}")
     add("--weight-decay", type=number(0.0), default=0.01, help=f"of AdamW {is_}")
-    add("--warmup-steps", type=number(0), default=50, help=f"linear, in each phase {is_}")
-    add("--schedule", choices=("constant", "cosine"), default="constant", help=f"after it {is_}")
+    add("--warmup-steps", type=number(0), default=50, help=f"at the start of a phase {is_}")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help=f"of lr {is_}")
     add("--ema", type=number(0.0, 1), default=0.98, help=f"decay of averaged weights, or 0 {is_}")
     add("--seed", type=number(0), default=0, help=f"of everything that is drawn {is_}")
     best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,15 +102,16 @@ def common_arguments(prog: str, about: str) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="drop what the run directory holds")
     add = parser.add_argument_group("data and backbone").add_argument
     kinds = f"{', '.join(DATASETS)}, or a folder with train/CLASS/ and test/CLASS/ (or val/CLASS/)"
-    other = ", ".join(f"{source} for {name}" for name, (_, source) in DATASETS.items())
+    known = [f"{source} for {name}" for name, (_, source) in DATASETS.items() if name != source]
+    other = ", ".join(["ten other classes for shapes", *known])
     add("--dataset", default="shapes", help=f"desired task: {kinds}; shapes are drawn {is_}")
-    add("--source", help=f"another dataset or folder (default: {other}, by its other classes)")
+    add("--source", help=f"second dataset, named like --dataset (default: {other})")
     add("--data-dir", default="data", help=f"for downloads and decoded folders {is_}")
-    add("--labels-per-class", type=number(1), help="images of each class, no others (default: all)")
-    add("--eval-on", choices=("test", "val"), default="test", help=f"val: 1/5 of the labels {is_}")
+    add("--labels-per-class", type=number(1), help="the rest are dropped (default: all)")
+    add("--eval-on", choices=("test", "val"), default="test", help=f"val: 1/5 of labels {is_}")
     add("--batch-size", type=number(1), help=f"labelled images a step {sized['batch_size']}")
     add("--image-size", type=number(8), default=32, help=f"pixels, a multiple of 8 {is_}")
-    add("--backbone", choices=("conv", "resnet18"), default="conv", help=f"the encoder {is_}")
+    add("--backbone", choices=("conv", "resnet18"), default="conv", help=f"of the encoder {is_}")
     add("--width", type=number(1), help=f"channels of conv's first block {sized['width']}")
     return parser
 
@@ -387,7 +388,7 @@ def gradient(loss: Callable, w: Parameters, keep_graph: bool = False):
 
 
 def adapt(loss: Callable, w: Parameters, lr: float, steps: int, keep_graph: bool = False):
-    """The inner loop: w_{k+1} = w_k - alpha grad L(w_k), k = 0 ... K-1 (1703.03400, equation 1).
+    """The inner loop: w_{k+1} = w_k - alpha grad L(w_k), k = 0 ... K-1 (1703.03400, section 2.2).
 
     Returns w_K and the path [(w_k, L(w_k), grad L(w_k))]; keep_graph: of the last gradient alone.
     """
@@ -662,7 +663,7 @@ def train(
     step_gradient(step) adds to p.grad and returns (losses by name, images, labels) that it used:
     losses[phase] is logged. evaluate(averaged model) returns (accuracy, accuracy_adapted).
     """
-    args, flops = run.args, 0
+    args, flops, shown = run.args, 0, {}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
@@ -681,26 +682,25 @@ def train(
         losses["gradient"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
         losses = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
         if bad := [f"{name} {x}" for name, x in losses.items() if not math.isfinite(x)]:
-            bar.close()
-            why = f"{phase} step {step + 1}: {', '.join(bad)}, so it is not applied"
-            fail(f"{why}; the last checkpoint is kept; try a smaller --lr", 1)
+            last = run.checkpoint if run.checkpoint.exists() else "none"
+            why = f"{phase} step {step + 1}: {', '.join(bad)}, so the step is not taken"
+            fail(f"{why}; last checkpoint: {last}; try a smaller --lr", 1)
         optimizer.step()
         average.update_parameters(model)
         used = [1, images, labels, flops, time.perf_counter() - began, losses[phase], 1]
         run.counts = {k: n + more for (k, n), more in zip(run.counts.items(), used, strict=True)}
-        bar.set_postfix(loss=f"{losses[phase]:.3f}", refresh=False)
         now = (step + 1) % args.eval_every == 0 or step + 1 == steps
         accuracies = evaluate(average.module) if now else None
+        shown = {"accuracy": f"{accuracies[0]:.2%}"} if now and accuracies[0] is not None else shown
+        bar.set_postfix(loss=f"{losses[phase]:.3f}", **shown, refresh=False)
         stopped = run.signal  # one that comes from here on waits for the next step
         try:
             if now or stopped:
                 run.save(phase, step + 1, parts, accuracies)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, of a full disk
-            bar.close()
             why = f"can't be written ({error}); make room"
             fail(f"{run.directory} {why}, then --resume: the last checkpoint is whole", 1)
         if stopped:
-            bar.close()
             where = f"stopped after {phase} step {step + 1}"
             fail(f"{where}; the same command with --resume goes on", 128 + stopped)
     return average.module
@@ -757,4 +757,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a Run takes care of it
     main()

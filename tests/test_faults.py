@@ -664,7 +664,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_not_applied(arm, phase, kind, 
         module.train(run, phase, 6, model, step_gradient)
     assert stop.value.code == 1
     named = "a task inf" if kind == "loss" else "gradient nan"
-    one_line(capsys, f"{phase} step 5", named, "checkpoint is kept")
+    one_line(capsys, f"{phase} step 5", named, str(tmp_path), "checkpoint.pt")
     assert all(map(torch.equal, model.parameters(), seen[-1]))  # as before the step
     assert not torch.equal(seen[-1][0], seen[-2][0])  # which the steps before were not
     state = checkpoint(tmp_path)
@@ -853,7 +853,7 @@ def test_a_signal_before_the_run_begins_ends_at_once(number, tmp_path):
     child = process("maml_ssl", tmp_path, extra=SLOW_DATA)
     assert wait_for(child, (tmp_path / "loading").exists)
     child.send_signal(number)
-    error = child.communicate(timeout=5)[1]
+    error = child.communicate(timeout=60)[1]
     assert child.returncode in (-number, 128 + number)
     if number == signal.SIGTERM:
         assert "Traceback" not in error
