@@ -9,7 +9,7 @@
 
 theta: encoder f, phi: head of the pretraining task, psi: head of the desired task. The loss is
 cross-entropy on the source's labels, or the mean of pretext losses. The probe reads the running
-average of the pretrained weights, pooled; that not one of their bytes changes is asserted.
+average of the pretrained weights; that not one of their bytes changes is asserted.
 """
 
 import argparse
@@ -50,7 +50,8 @@ DATASETS = {  # name: torchvision's class, default source
 }
 SMALL = {"steps": 300, "eval_every": 50, "batch_size": 64, "width": 16}  # shapes: 2 CPU cores
 LARGE = {"steps": 10_000, "eval_every": 500, "batch_size": 128, "width": 32}  # others: one GPU
-ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")  # no configuration
+# Arguments that do not tell one configuration from another
+ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")
 
 
 def fail(message: object, code: int = 2):
@@ -123,10 +124,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     for flag, name in ("--dataset", dataset), ("--source", args.source):
         if name is not None and name not in DATASETS and not os.path.isdir(name):
             fail(f"{flag} {name!r}: no such folder, and none of {', '.join(DATASETS)}")
+    if args.source == dataset != "shapes":
+        fail(f"--source {args.source}: the same as --dataset; take another")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception:  # each kind of device has its own
-        fail(f"--device {args.device!r} is not to be had here; --device cpu always is")
+        fail(f"--device {args.device!r} is not available here; --device cpu always is")
     if args.image_size % 8:
         fail(f"--image-size {args.image_size}: take a multiple of 8")
     return args
@@ -187,7 +190,7 @@ def decode(path: str, side: int) -> torch.Tensor:
             image = image.point(lambda value: value / 257)
         return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (side, side)))
     except Exception as error:  # Pillow's decoders raise all kinds
-        fail(f"{path} is no readable image ({error}); mend or remove it")
+        fail(f"{path} can't be read as an image ({error}); repair or remove it")
 
 
 def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -227,8 +230,8 @@ def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
         try:
             sets = [DATASETS[name][0](args.data_dir, t, download=True) for t in (True, False)]
         except Exception as error:  # of the network, of the disk, of a reader of damaged files
-            ways = "remove what is damaged; --dataset shapes and a folder need no network"
-            fail(f"{name} is not whole in {args.data_dir}, nor to be downloaded ({error}); {ways}")
+            ways = "remove damaged files there; --dataset shapes and a folder need no network"
+            fail(f"{name} is not in {args.data_dir} and can't be downloaded ({error}); {ways}")
         splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
         splits = [(x[..., None] if x.ndim == 3 else x, y) for x, y in splits]  # [N, H, W, 1 or 3]
         splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
@@ -290,9 +293,10 @@ def labelled_batch(data: Data, step: int, args: argparse.Namespace, purpose: str
 class Encoder(nn.Module):
     """theta: images [N, 3, H, W] in [0, 1] -> feature map [N, channels, H/8, W/8].
 
-    conv: the CIFAR-10 network of IEEE 8745428 (three blocks of two 3x3 convolutions, max-pooling);
-    resnet18: torchvision's, with a 3x3 stem and no pooling after it. Both with GroupNorm: it keeps
-    no running statistics, so that a functional call has no side effect.
+    conv: three blocks of two 3x3 convolutions and max-pooling, after the CIFAR-10 network of Doon
+    et al. 2018 (IEEE 8745428), all padded, without dropout. resnet18: torchvision's, with a 3x3
+    stem and no pooling after it. Both with GroupNorm, which keeps no running statistics: so a
+    functional call has no side effect.
     """
 
     def __init__(self, backbone: str, width: int):
@@ -316,7 +320,7 @@ class Encoder(nn.Module):
 
 
 class Model(nn.Module):
-    """One encoder, a head for each task: `model(images, "rotation")` is what that head says."""
+    """One encoder, a head for each task: `model(images, "rotation")` is the output of that head."""
 
     def __init__(self, encoder: Encoder, heads: dict[str, nn.Module]):
         super().__init__()
@@ -353,7 +357,7 @@ def pretraining(args: argparse.Namespace, target: Data) -> tuple[dict, Callable]
     """-> the heads to make, and what finds the gradient of a pretraining step of a model.
 
     supervised: a labelled batch of the source. Pretext tasks: a batch of --batch-size images for
-    each, drawn for it alone; the loss is the mean over the tasks (as in 1708.07860).
+    each, drawn for it alone, as in 1708.07860; the loss is their mean.
     """
     source = None
     if args.pretrain == ["supervised"] or (
@@ -420,7 +424,7 @@ def accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def commit() -> str | None:
-    """Of the repository that this file lies in, if it lies in one."""
+    """The commit of the git repository that holds this file, if one does."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
     with suppress(OSError):
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -463,8 +467,8 @@ class Run:
             replace(self.config, lambda file: file.write(json.dumps(config, indent=1).encode()))
         except OSError as error:
             fail(f"--out {args.out}: {error}; take a directory that can be written")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, self.stop)
 
     def look_back(self) -> None:
         """Refuse another configuration, leave a finished run alone, go on with a broken-off one."""
@@ -501,7 +505,7 @@ class Run:
                 return steps
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
-            os.truncate(self.log, self.state["log_bytes"])  # rows that it does not know come again
+            os.truncate(self.log, self.state["log_bytes"])  # later rows will be written again
             step, self.state = int(self.state["step"]), None
             return step
         except Exception as error:
@@ -544,7 +548,7 @@ def train(
     phase: str,
     steps: int,
     model: nn.Module,
-    step_gradient: Callable[[int], tuple[dict[str, torch.Tensor], int, int]],
+    step_gradient: Callable[[int], tuple],
     evaluate: Callable[[nn.Module], tuple] = lambda averaged: (None, None),
 ) -> nn.Module:
     """One phase: AdamW along what `step_gradient` finds; returns the running average of the model.
@@ -606,8 +610,11 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(args, {"target": partial(classifier, classes)} | heads)
     run = Run(args, model)
 
+    digests = set()  # of the encoder, before the first step of the probe and after the last
+
     def probing_gradient(step: int) -> tuple[dict, int, int]:
-        frozen[:] = frozen or [digest(model.encoder)]
+        if not digests:
+            digests.add(digest(model.encoder))
         images, labels, _ = labelled_batch(data, step, args)
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
@@ -617,6 +624,7 @@ def main(argv: list[str] | None = None) -> None:
         return accuracy(predict(averaged, data.test_images), data.test_labels), None
 
     # A head that a phase does not train stays out of its optimizer, or weight decay would move it.
+    # Resumed in the second phase, the first does nothing and all weights come with the checkpoint.
     model.heads["target"].requires_grad_(False)
     averaged = train(
         run, "pretrain", args.pretrain_steps, model, partial(pretraining_gradient, model)
@@ -624,9 +632,10 @@ def main(argv: list[str] | None = None) -> None:
     model.load_state_dict(averaged.state_dict())
     model.requires_grad_(False)
     model.heads["target"].requires_grad_(True)
-    steps, frozen = args.steps - args.pretrain_steps, []
+    steps = args.steps - args.pretrain_steps
     train(run, "target", steps, model, probing_gradient, evaluate)
-    assert {*frozen} <= {digest(model.encoder)}, "the probe has changed the encoder"
+    digests.add(digest(model.encoder))
+    assert len(digests) == 1, "the probe has changed the encoder"
     print(f"log: {run.log}")
 
 

@@ -56,7 +56,8 @@ DATASETS = {  # name: torchvision's class, default source
 }
 SMALL = {"steps": 300, "eval_every": 50, "batch_size": 64, "width": 16}  # shapes: 2 CPU cores
 LARGE = {"steps": 10_000, "eval_every": 500, "batch_size": 128, "width": 32}  # others: one GPU
-ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")  # no configuration
+# Arguments that do not tell one configuration from another
+ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")
 
 
 def fail(message: object, code: int = 2):
@@ -129,10 +130,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     for flag, name in ("--dataset", dataset), ("--source", args.source):
         if name is not None and name not in DATASETS and not os.path.isdir(name):
             fail(f"{flag} {name!r}: no such folder, and none of {', '.join(DATASETS)}")
+    if args.source == dataset != "shapes":
+        fail(f"--source {args.source}: the same as --dataset; take another")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception:  # each kind of device has its own
-        fail(f"--device {args.device!r} is not to be had here; --device cpu always is")
+        fail(f"--device {args.device!r} is not available here; --device cpu always is")
     if args.image_size % 8:
         fail(f"--image-size {args.image_size}: take a multiple of 8")
     return args
@@ -144,7 +147,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_arguments("maml_ssl.py", __doc__.split("\n")[0])
     add = parser.add_argument_group("algorithm").add_argument
-    default = f"(default: {' '.join(pretext.DEFAULT_TASKS)}; without colorization for gray images)"
+    default = f"(default: {' '.join(pretext.DEFAULT_TASKS)}; for mnist no colorization)"
     is_ = "(default: %(default)s)"
     add("--pretext", nargs="+", choices=pretext.TASKS, help=f"inner-loop tasks {default}")
     add("--inner-lr", type=number(0.0), default=0.01, help=f"alpha {is_}")
@@ -205,7 +208,7 @@ def decode(path: str, side: int) -> torch.Tensor:
             image = image.point(lambda value: value / 257)
         return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (side, side)))
     except Exception as error:  # Pillow's decoders raise all kinds
-        fail(f"{path} is no readable image ({error}); mend or remove it")
+        fail(f"{path} can't be read as an image ({error}); repair or remove it")
 
 
 def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -245,8 +248,8 @@ def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
         try:
             sets = [DATASETS[name][0](args.data_dir, t, download=True) for t in (True, False)]
         except Exception as error:  # of the network, of the disk, of a reader of damaged files
-            ways = "remove what is damaged; --dataset shapes and a folder need no network"
-            fail(f"{name} is not whole in {args.data_dir}, nor to be downloaded ({error}); {ways}")
+            ways = "remove damaged files there; --dataset shapes and a folder need no network"
+            fail(f"{name} is not in {args.data_dir} and can't be downloaded ({error}); {ways}")
         splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
         splits = [(x[..., None] if x.ndim == 3 else x, y) for x, y in splits]  # [N, H, W, 1 or 3]
         splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
@@ -308,9 +311,10 @@ def labelled_batch(data: Data, step: int, args: argparse.Namespace, purpose: str
 class Encoder(nn.Module):
     """theta: images [N, 3, H, W] in [0, 1] -> feature map [N, channels, H/8, W/8].
 
-    conv: the CIFAR-10 network of IEEE 8745428 (three blocks of two 3x3 convolutions, max-pooling);
-    resnet18: torchvision's, with a 3x3 stem and no pooling after it. Both with GroupNorm: it keeps
-    no running statistics, so that a functional call has no side effect.
+    conv: three blocks of two 3x3 convolutions and max-pooling, after the CIFAR-10 network of Doon
+    et al. 2018 (IEEE 8745428), all padded, without dropout. resnet18: torchvision's, with a 3x3
+    stem and no pooling after it. Both with GroupNorm, which keeps no running statistics: so a
+    functional call has no side effect.
     """
 
     def __init__(self, backbone: str, width: int):
@@ -334,7 +338,7 @@ class Encoder(nn.Module):
 
 
 class Model(nn.Module):
-    """One encoder, a head for each task: `model(images, "rotation")` is what that head says."""
+    """One encoder, a head for each task: `model(images, "rotation")` is the output of that head."""
 
     def __init__(self, encoder: Encoder, heads: dict[str, nn.Module]):
         super().__init__()
@@ -412,7 +416,7 @@ def meta_gradient(
 
     The chain rule, backwards along the path, holding the graph of one inner step at a time:
         v = grad outer_loss(w_K);   v <- v - alpha H(w_k) v   for k = K-1 ... 0,
-    where H is the Hessian of the inner loss. First order (section 5.2) takes H for zero.
+    where H is the Hessian of the inner loss. First order (1703.03400, section 5.2): H = 0.
     """
     w_last, path = adapt(inner_loss, w, lr, steps, keep_graph=second_order)
     _, value, v = gradient(outer_loss, {**w_last, **psi})
@@ -441,15 +445,16 @@ def query_loss(model: Model, images: torch.Tensor, labels: torch.Tensor, w: Para
     return F.cross_entropy(functional_call(model, w, (images,)), labels)
 
 
-def outer_gradient(model: Model, tasks: dict, groups: list, args: argparse.Namespace) -> dict:
+def outer_gradient(model: Model, tasks: dict, adaptations: list, args) -> dict:
     """Add the gradient of the outer loss to every p.grad, as backward() does; -> losses by name.
 
-    groups: for each adaptation (batches, images, labels): the (inputs, targets) of the pretext
-    tasks that it adapts to, by name, and its share of the labelled query.
+    adaptations: one for each pretext task, or one for all of them together: (batches, images,
+    labels) with the tasks' (inputs, targets) by name and this adaptation's share of the query.
+    The batches of a task serve all K inner steps. No tasks at all: plain supervised training.
     """
-    query_size, losses = sum(len(labels) for _, _, labels in groups), {"target": 0.0}
+    query_size, losses = sum(len(labels) for _, _, labels in adaptations), {"target": 0.0}
     psi = parameters(model, "heads.target")
-    for batches, images, labels in groups:
+    for batches, images, labels in adaptations:
         w = parameters(model, "encoder", *(f"heads.{t}" for t in batches))
         inner_loss = pretext_loss(model, tasks, batches)
         outer_loss = partial(query_loss, model, images, labels)
@@ -531,7 +536,7 @@ def accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def commit() -> str | None:
-    """Of the repository that this file lies in, if it lies in one."""
+    """The commit of the git repository that holds this file, if one does."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
     with suppress(OSError):
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -574,8 +579,8 @@ class Run:
             replace(self.config, lambda file: file.write(json.dumps(config, indent=1).encode()))
         except OSError as error:
             fail(f"--out {args.out}: {error}; take a directory that can be written")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, self.stop)
 
     def look_back(self) -> None:
         """Refuse another configuration, leave a finished run alone, go on with a broken-off one."""
@@ -612,7 +617,7 @@ class Run:
                 return steps
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
-            os.truncate(self.log, self.state["log_bytes"])  # rows that it does not know come again
+            os.truncate(self.log, self.state["log_bytes"])  # later rows will be written again
             step, self.state = int(self.state["step"]), None
             return step
         except Exception as error:
@@ -655,7 +660,7 @@ def train(
     phase: str,
     steps: int,
     model: nn.Module,
-    step_gradient: Callable[[int], tuple[dict[str, torch.Tensor], int, int]],
+    step_gradient: Callable[[int], tuple],
     evaluate: Callable[[nn.Module], tuple] = lambda averaged: (None, None),
 ) -> nn.Module:
     """One phase: AdamW along what `step_gradient` finds; returns the running average of the model.
@@ -715,9 +720,9 @@ def main(argv: list[str] | None = None) -> None:
     pool = data.images
     if args.pretext_images == "both":
         pool = torch.cat([pool, load(args.source, args, source=True).images])
-    supervised = args.inner_lr == 0 and args.pretext_weight == 0  # then no pretext work is done
+    no_pretext = args.inner_lr == 0 and args.pretext_weight == 0  # plain supervised training
     try:
-        tasks = {} if supervised else {name: pretext.TASKS[name](pool) for name in args.pretext}
+        tasks = {} if no_pretext else {name: pretext.TASKS[name](pool) for name in args.pretext}
     except ValueError as error:
         fail(error)
     at_once = args.batch_size + args.support_batch_size
@@ -734,12 +739,12 @@ def main(argv: list[str] | None = None) -> None:
     def step_gradient(step: int) -> tuple[dict, int, int]:
         images, labels, index = labelled_batch(data, step, args)
         shares = [x.tensor_split(len(groups)) for x in (images, labels, index)]
-        adaptations, forward = [], len(images)
+        adaptations, seen = [], len(images)
         for group, x, y, i in zip(groups, *shares, strict=True):
             batches = support_batches(group, pool, (x, i), index, data.flip, step, args)
             adaptations.append((batches, x, y))
-            forward += args.inner_steps * sum(len(inputs) for inputs, _ in batches.values())
-        return outer_gradient(model, tasks, adaptations, args), forward, len(images)
+            seen += args.inner_steps * sum(len(inputs) for inputs, _ in batches.values())
+        return outer_gradient(model, tasks, adaptations, args), seen, len(images)
 
     def evaluate(averaged: Model) -> tuple[float, float | None]:
         images, labels = data.test_images, data.test_labels

@@ -63,8 +63,8 @@ def pooled(*layers: nn.Module) -> nn.Sequential:
 class Rotation:
     """By which of the four quarter turns is the image rotated? (RotNet, 1803.07728)
 
-    Deviation: RotNet shows each image at all four turns. Here each is shown at one, and the batch
-    at all four equally often: a support image then costs the same in every task.
+    Deviation: RotNet shows each image at all four turns, and gains by it. Here each is shown at
+    one, the batch at all four equally often: a support image then costs the same in every task.
     """
 
     answers = ("0°", "90°", "180°", "270°")  # anticlockwise, as torch.rot90
@@ -167,11 +167,12 @@ class Colorization:
 
 
 class RelativePosition:
-    """At which of 8 places around the first patch is the second? (1708.07860, sec. 3; 1505.05192)
+    """At which of 8 places around the first patch is the second? (1505.05192; 1708.07860)
 
     Sides are H/4, gaps 3H/32, and each patch is shifted by up to H/32 each way. Colour dropping
-    keeps one channel of a patch; the others become noise about mid-gray. Deviation: the image has
-    room for one grid only, so the first patch is always its centre. ValueError unless 32 divides H.
+    keeps one channel of a patch; the others become noise about mid-gray. Deviations: the image has
+    room for one grid only, so the first patch is always its centre, gaps are 3/8 of a patch (there
+    1/2) and shifts 1/8 (there 7/96); no patch is downsampled. ValueError unless 32 divides H.
     """
 
     answers = "↖↑↗←→↙↓↘"
@@ -247,7 +248,7 @@ def nt_xent(views: Tensor, partners: Tensor, temperature: float = 0.5) -> Tensor
 
 
 class Contrastive:
-    """Which of the batch's other views shows the same image? (SimCLR, 2002.05709, appendix B.9)
+    """Which of the batch's other views shows the same image? (SimCLR, 2002.05709, app. A, B.9)
 
     Random resized crop, flip, colour jitter of strength 0.5, grayscale; no blur. Deviations: gray
     images are not flipped, as digits are not mirror-symmetric; a crop larger than the image is cut,
@@ -314,7 +315,7 @@ class RandomLabels:
         return pooled(nn.Linear(channels, 10))
 
     def make_batch(self, images, indices, generator):
-        return images, self.labels[indices]
+        return images, self.labels[indices % len(self.labels)]  # test images have none of their own
 
 
 TASKS: dict[str, type] = {

@@ -51,7 +51,8 @@ DATASETS = {  # name: torchvision's class, default source
 }
 SMALL = {"steps": 300, "eval_every": 50, "batch_size": 64, "width": 16}  # shapes: 2 CPU cores
 LARGE = {"steps": 10_000, "eval_every": 500, "batch_size": 128, "width": 32}  # others: one GPU
-ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")  # no configuration
+# Arguments that do not tell one configuration from another
+ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")
 
 
 def fail(message: object, code: int = 2):
@@ -124,10 +125,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     for flag, name in ("--dataset", dataset), ("--source", args.source):
         if name is not None and name not in DATASETS and not os.path.isdir(name):
             fail(f"{flag} {name!r}: no such folder, and none of {', '.join(DATASETS)}")
+    if args.source == dataset != "shapes":
+        fail(f"--source {args.source}: the same as --dataset; take another")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception:  # each kind of device has its own
-        fail(f"--device {args.device!r} is not to be had here; --device cpu always is")
+        fail(f"--device {args.device!r} is not available here; --device cpu always is")
     if args.image_size % 8:
         fail(f"--image-size {args.image_size}: take a multiple of 8")
     return args
@@ -188,7 +191,7 @@ def decode(path: str, side: int) -> torch.Tensor:
             image = image.point(lambda value: value / 257)
         return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (side, side)))
     except Exception as error:  # Pillow's decoders raise all kinds
-        fail(f"{path} is no readable image ({error}); mend or remove it")
+        fail(f"{path} can't be read as an image ({error}); repair or remove it")
 
 
 def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -228,8 +231,8 @@ def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
         try:
             sets = [DATASETS[name][0](args.data_dir, t, download=True) for t in (True, False)]
         except Exception as error:  # of the network, of the disk, of a reader of damaged files
-            ways = "remove what is damaged; --dataset shapes and a folder need no network"
-            fail(f"{name} is not whole in {args.data_dir}, nor to be downloaded ({error}); {ways}")
+            ways = "remove damaged files there; --dataset shapes and a folder need no network"
+            fail(f"{name} is not in {args.data_dir} and can't be downloaded ({error}); {ways}")
         splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
         splits = [(x[..., None] if x.ndim == 3 else x, y) for x, y in splits]  # [N, H, W, 1 or 3]
         splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
@@ -291,9 +294,10 @@ def labelled_batch(data: Data, step: int, args: argparse.Namespace, purpose: str
 class Encoder(nn.Module):
     """theta: images [N, 3, H, W] in [0, 1] -> feature map [N, channels, H/8, W/8].
 
-    conv: the CIFAR-10 network of IEEE 8745428 (three blocks of two 3x3 convolutions, max-pooling);
-    resnet18: torchvision's, with a 3x3 stem and no pooling after it. Both with GroupNorm: it keeps
-    no running statistics, so that a functional call has no side effect.
+    conv: three blocks of two 3x3 convolutions and max-pooling, after the CIFAR-10 network of Doon
+    et al. 2018 (IEEE 8745428), all padded, without dropout. resnet18: torchvision's, with a 3x3
+    stem and no pooling after it. Both with GroupNorm, which keeps no running statistics: so a
+    functional call has no side effect.
     """
 
     def __init__(self, backbone: str, width: int):
@@ -317,7 +321,7 @@ class Encoder(nn.Module):
 
 
 class Model(nn.Module):
-    """One encoder, a head for each task: `model(images, "rotation")` is what that head says."""
+    """One encoder, a head for each task: `model(images, "rotation")` is the output of that head."""
 
     def __init__(self, encoder: Encoder, heads: dict[str, nn.Module]):
         super().__init__()
@@ -354,7 +358,7 @@ def pretraining(args: argparse.Namespace, target: Data) -> tuple[dict, Callable]
     """-> the heads to make, and what finds the gradient of a pretraining step of a model.
 
     supervised: a labelled batch of the source. Pretext tasks: a batch of --batch-size images for
-    each, drawn for it alone; the loss is the mean over the tasks (as in 1708.07860).
+    each, drawn for it alone, as in 1708.07860; the loss is their mean.
     """
     source = None
     if args.pretrain == ["supervised"] or (
@@ -415,7 +419,7 @@ def accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def commit() -> str | None:
-    """Of the repository that this file lies in, if it lies in one."""
+    """The commit of the git repository that holds this file, if one does."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "-q", "HEAD"]
     with suppress(OSError):
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -458,8 +462,8 @@ class Run:
             replace(self.config, lambda file: file.write(json.dumps(config, indent=1).encode()))
         except OSError as error:
             fail(f"--out {args.out}: {error}; take a directory that can be written")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, self.stop)
 
     def look_back(self) -> None:
         """Refuse another configuration, leave a finished run alone, go on with a broken-off one."""
@@ -496,7 +500,7 @@ class Run:
                 return steps
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
-            os.truncate(self.log, self.state["log_bytes"])  # rows that it does not know come again
+            os.truncate(self.log, self.state["log_bytes"])  # later rows will be written again
             step, self.state = int(self.state["step"]), None
             return step
         except Exception as error:
@@ -539,7 +543,7 @@ def train(
     phase: str,
     steps: int,
     model: nn.Module,
-    step_gradient: Callable[[int], tuple[dict[str, torch.Tensor], int, int]],
+    step_gradient: Callable[[int], tuple],
     evaluate: Callable[[nn.Module], tuple] = lambda averaged: (None, None),
 ) -> nn.Module:
     """One phase: AdamW along what `step_gradient` finds; returns the running average of the model.
@@ -611,6 +615,7 @@ def main(argv: list[str] | None = None) -> None:
         return accuracy(predict(averaged, data.test_images), data.test_labels), None
 
     # A head that a phase does not train stays out of its optimizer, or weight decay would move it.
+    # Resumed in the second phase, the first does nothing and all weights come with the checkpoint.
     model.heads["target"].requires_grad_(False)
     averaged = train(
         run, "pretrain", args.pretrain_steps, model, partial(pretraining_gradient, model)

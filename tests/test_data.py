@@ -187,7 +187,7 @@ def floating_point():
 ])  # fmt: skip
 def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, capsys, name, content):
     (folder(tmp_path / "f") / "train" / "b" / name).write_bytes(content)
-    refused(capsys, lambda: load(tmp_path / "f"), name, "no readable image", "remove it")
+    refused(capsys, lambda: load(tmp_path / "f"), name, "read as an image", "remove it")
     assert not (tmp_path / "data").exists()
 
 

@@ -635,7 +635,7 @@ def test_a_pretext_loss_that_is_not_finite_stops_before_it_is_applied(
     monkeypatch.setattr(task, "make_batch", make_batch)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     assert start("maml_ssl", tmp_path) == 1
-    line = one_line(capsys, "target step 4", "rotation", "checkpoint is kept", "--lr")
+    line = one_line(capsys, "target step 4", "rotation", "last checkpoint: ", "--lr")
     assert "contrastive" not in line
     assert len(applied) == 3
     assert checkpoint(tmp_path)["counts"]["total_step"] == 2
