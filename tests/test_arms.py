@@ -136,6 +136,16 @@ def test_making_a_model_leaves_the_global_generator_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(("backbone", "width", "channels"), [("conv", 5, 20), ("resnet18", 8, 512)])
+def test_backbones_have_stride_8_and_no_state_but_parameters(backbone, width, channels):
+    encoder = maml_ssl.Encoder(backbone, width)
+    with torch.no_grad():
+        assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, channels, 4, 4)
+    assert encoder.channels == channels and not [*encoder.buffers()]
+    kinds = [type(m).__name__ for m in encoder.modules()]
+    assert "BatchNorm2d" not in kinds and kinds.count("GroupNorm") >= 6
+
+
 # --- phases ---
 
 
@@ -270,15 +280,23 @@ def test_an_arm_and_pretext_copied_alone_into_an_empty_directory_run(tmp_path, a
     assert re.search(r"\d\d?\.\d\d?%", result.stdout) and "metrics.csv" in last
 
 
-def readme_commands():
-    """The python commands of README's code blocks, without those of the tests and of compare.py."""
+def readme_commands(scripts=tuple(f"{arm}.py" for arm in ARMS)):
+    """The commands of README's code blocks that start one of the scripts."""
     text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
     lines = [line.split("#")[0].split("&&")[-1].strip() for line in text.splitlines()]
-    return [line for line in lines if re.match(r"python (maml|pretrain|linear)", line)]
+    return [line for line in lines if line.startswith(tuple(f"python {s}" for s in scripts))]
 
 
-def test_readme_shows_commands_of_every_arm():
-    assert {command.split()[1] for command in readme_commands()} == {f"{arm}.py" for arm in ARMS}
+def test_readme_shows_commands_of_every_script():
+    for file in ROOT.glob("*.py"):
+        assert readme_commands((file.name,)), file
+
+
+def test_readme_s_file_map_counts_the_lines():
+    rows = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text())
+    assert {name for name, _ in rows} == {file.name for file in ROOT.glob("*.py")}
+    for name, count in rows:
+        assert int(count) == len((ROOT / name).read_text().splitlines()), name
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -296,6 +314,22 @@ def test_readme_commands_run_with_small_sizes(command, tmp_path, image_folders):
         small += ["--pretrain-steps", "2"]
     ARMS[Path(words[0]).stem].main([*words[1:], *map(str, small)])
     assert len([*tmp_path.glob("*/seed*/metrics.csv")]) == 1
+
+
+def test_readme_commands_of_compare_and_pretext_run_with_small_sizes(tmp_path):
+    """In the order of README: the runs of the first are what the next ones read."""
+    small = {"--run": ["--out", "runs", "--jobs", "2", "--", *TINY, "--steps", "2"]}
+    for command in readme_commands(("compare.py", "pretext.py")):
+        script, *words = shlex.split(command)[1:]
+        words = [str(ROOT / "results") if w.startswith("results") else w for w in words]
+        words = ["1" if before == "--seeds" else w
+                 for before, w in zip([None, *words], words, strict=False)]  # fmt: skip
+        words += small.get(words[0] if words else None, [])
+        if str(ROOT / "results") in words:
+            words += ["--figure", str(tmp_path / "figure.png")]
+        result = shell([sys.executable, str(ROOT / script), *words], tmp_path)
+        assert result.returncode == 0, (command, result.stderr)
+    assert (tmp_path / "pretext.png").exists() and len([*tmp_path.glob("runs/**/*.pdf")]) >= 1
 
 
 @pytest.fixture(scope="module")
