@@ -145,9 +145,9 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def short_name(run: Run) -> str:
     """What figure and table call an arm, before the settings that tell two of a name apart."""
-    before, inner_lr = run.settings.get("pretrain"), run.settings.get("inner_lr")
+    before, alone = run.settings.get("pretrain"), run.settings.get("inner_lr") == "0.0"
     name = {
-        "maml_ssl": "joint, no inner loop" if inner_lr == 0 else "MAML",
+        "maml_ssl": "joint, no inner loop" if alone else "MAML",
         "pretrain_finetune": "from scratch" if before == "none" else f"{before}, fine-tuned",
         "linear_probe": f"{before}, probed",
     }.get(run.arm, run.arm)

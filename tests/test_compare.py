@@ -461,3 +461,22 @@ def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "the same command continues" in said
     assert (running.parent / "interrupted").exists()
     assert not (tmp_path / "runs" / "shapes" / "linear_probe").exists()
+
+
+def test_the_control_without_an_inner_loop_is_called_that(tmp_path, capsys):
+    write_run(tmp_path, "maml", 0, [0.2, 0.4], inner_lr=0.01)
+    write_run(tmp_path, "joint", 0, [0.2, 0.3], inner_lr=0.0)
+    assert {"MAML", "joint, no inner loop"} <= table_of(capsys, tmp_path).keys()
+
+
+def test_the_committed_logs_give_the_committed_tables(tmp_path):
+    """One command makes each figure and table of README anew."""
+    results = Path(compare.__file__).parent / "results"
+    tables = sorted(results.rglob("*.md"))
+    assert tables
+    for table in tables:
+        made = tmp_path / f"{table.stem}.png"
+        axis = {"steps": "total_step"}.get(table.stem, table.stem)
+        assert compare.main([str(table.parent), "--x", axis, "--figure", str(made)]) == 0
+        assert made.with_suffix(".md").read_text() == table.read_text()
+        assert made.stat().st_size > 10_000
