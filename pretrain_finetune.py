@@ -1,6 +1,6 @@
 """Pretrain on one task, then fine-tune every weight on the desired task: the usual transfer.
 
-    python pretrain_finetune.py                         # embedded dataset: 81% in 25 s, 2 CPU cores
+    python pretrain_finetune.py                         # embedded dataset: 81%, 25 s, 2 CPU cores
     python pretrain_finetune.py --dataset cifar10       # pretrained on CIFAR-100; downloads both
     python pretrain_finetune.py --pretrain none         # from scratch
     python pretrain_finetune.py --pretrain rotation contrastive --pretext-images both
