@@ -1,8 +1,8 @@
 """Compare the arms: accuracy against steps, FLOPs, images or time, as a figure and a table.
 
     python compare.py runs                                     # compare every run below runs/
-    python compare.py --run --dataset shapes --seeds 3         # run the three arms, then compare
-    python compare.py --run --seeds 3 --jobs 2 -- --steps 100  # after --: arguments of every arm
+    python compare.py --run --protocol quick --jobs 2          # run what a protocol lists first
+    python compare.py --run --seeds 2 -- --steps 200           # after --: arguments of every run
 
 It reads `metrics.csv` and `config.json` of each run and imports no arm. Runs that differ in nothing
 but the seed are one configuration. Intervals are 95% Student t intervals over seeds. An arm has
@@ -39,7 +39,6 @@ AXES = {  # three to a row; where equal budgets end at one x, labels stand best:
     "labels": "labelled images seen",
 }
 FINE_TUNED = "supervised, fine-tuned"  # the arm that is the baseline unless another is named
-ARMS = ("maml_ssl", "pretrain_finetune", "linear_probe")
 # Arguments that say where, how watched and how often a run was, not what was run.
 NO_SETTING = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite", "eval_every")
 # Okabe and Ito's colours less yellow; styles and markers tell the lines apart in gray print.
@@ -48,6 +47,63 @@ STYLE = {"font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 3, "pdf.fon
 STYLE |= {"axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
 LINES = cycler(linestyle=["-", "--"]) * cycler(color=COLOURS, marker=list("osD^vPX"))
 STYLE |= {"axes.ymargin": 0.15, "axes.prop_cycle": LINES}  # a margin for the pretraining
+
+# --- protocols: what is run, written down before it runs ---
+PRETEXT = "rotation colorization masked_autoencoding contrastive"
+ARMS = {  # the arms, then the controls: what sets each apart from the others
+    "maml": "maml_ssl.py",
+    "fine-tuned": "pretrain_finetune.py",
+    "probed": "linear_probe.py",
+    "scratch": "pretrain_finetune.py --pretrain none",
+    "joint": "maml_ssl.py --inner-lr 0",
+    "first-order": "maml_ssl.py --first-order",
+    "random-labels": "maml_ssl.py --pretext random_labels",
+    "self-supervised": f"pretrain_finetune.py --pretrain {PRETEXT}",
+    "maml-both": "maml_ssl.py --pretext-images both",
+    "joint-both": "maml_ssl.py --inner-lr 0 --pretext-images both",
+}
+MAIN = [*ARMS][:5]
+
+
+def trials(steps: int, **values: str) -> list[str]:
+    """Settings to try: the i-th of each flag together. --pretrain-steps: in % of `steps`."""
+    flags = [[(f.replace("_", "-"), v) for v in each.split()] for f, each in values.items()]
+    if "pretrain_steps" in values:
+        flags[-1] = [(flag, steps * int(v) // 100) for flag, v in flags[-1]]
+    rows = zip(*flags, strict=True)
+    return [" ".join([f"--steps {steps}", *(f"--{f} {v}" for f, v in row)]) for row in rows]
+
+
+# The eight settings tried for each arm. A step of maml costs ten of scratch, one of joint four:
+# what has pretext tasks is tuned over a shorter horizon, if anything to its disadvantage.
+SHARES = {"lr": ".001 .001 .001 .002 .002 .002 .0005 .004"}
+SHARES |= {"pretrain_steps": "25 50 75 25 50 75 50 50"}
+TRIALS = {
+    "maml": trials(
+        400,
+        lr=".001 .001 .001 .001 .002 .002 .002 .002",
+        inner_lr=".003 .01 .03 .01 .003 .01 .03 .01",
+        pretext_weight=".1 .1 .1 .3 .1 .1 .1 .3",
+    ),
+    "fine-tuned": trials(2000, **SHARES),
+    "probed": trials(2000, **SHARES),
+    "scratch": trials(2000, lr=".0003 .0005 .001 .0015 .002 .003 .004 .006"),
+    "joint": trials(
+        400,
+        lr=".001 .001 .001 .001 .002 .002 .002 .002",
+        pretext_weight=".03 .1 .3 1 .03 .1 .3 1",
+    ),
+    "self-supervised": trials(600, **SHARES),
+}
+CIFAR10 = "--dataset data/cifar10 --source data/tiny-imagenet-32 --width 16 --batch-size 64"
+VAL = "--eval-on val --eval-every 100"
+PROTOCOLS = {  # name: (seeds, {directory: command})
+    "quick": (range(3), {arm: f"{ARMS[arm]} --steps 100 --eval-every 20" for arm in MAIN}),
+    "tune": (range(100, 101), {
+        f"{arm}-{i}": f"{ARMS[arm]} {CIFAR10} --labels-per-class 500 {flags} {VAL}"
+        for arm, each in TRIALS.items() for i, flags in enumerate(each, 1)
+    }),
+}  # fmt: skip
 
 
 @dataclass
@@ -346,24 +402,26 @@ def draw(arms: dict[str, list[Run]], columns: list[str], figure: Path) -> None:
 
 
 # --- running ---
-def run_arms(args: argparse.Namespace) -> int:
-    """Run each arm with each seed, which skips or continues it; returns how many runs failed."""
+def run_protocol(args: argparse.Namespace) -> int:
+    """Run a protocol seed by seed, skipping and continuing runs; returns how many failed."""
     env = os.environ | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    seeds, runs = PROTOCOLS[args.protocol]
 
     def run(job: tuple[int, str]) -> bool:
-        seed, arm = job
-        command = [sys.executable, Path(__file__).with_name(f"{arm}.py"), "--resume", *args.extra]
-        command += ["--dataset", args.dataset, "--out", args.folders[0], "--seed", str(seed)]
+        seed, name = job
+        arm, *flags = runs[name].split()
+        command = [sys.executable, Path(__file__).with_name(arm), "--resume", *flags, *args.extra]
+        command += ["--out", args.folders[0], "--name", name, "--seed", str(seed)]
         ended = subprocess.run(command, env=env, **quiet)
         bar.update()
         if ended.returncode:
             said = ["no message", *ended.stderr.splitlines()][-1]
             ended_with = f"ended with code {ended.returncode}: {said}"
-            tqdm.write(f"compare.py: {arm} seed {seed} {ended_with}", sys.stderr)
+            tqdm.write(f"compare.py: {name} seed {seed} {ended_with}", sys.stderr)
         return ended.returncode != 0
 
-    jobs = [(seed, arm) for seed in range(args.seeds) for arm in ARMS]
+    jobs = [(seed, name) for seed in seeds[: args.seeds] for name in runs]
     with tqdm(total=len(jobs), unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
         return sum(pool.map(run, jobs))  # Ctrl-C stops the running too, and map drops the others
 
@@ -377,19 +435,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--x", choices=[*AXES, "all"], default="total_step", help="axis (default: %(default)s)")
     add("--figure", type=Path, help="PNG file (default: comparison.png in the first RUN_DIR)")
     add("--baseline", default=FINE_TUNED, help="an arm, or its directory (default: %(default)s)")
-    add("--run", action="store_true", help="run the arms first (default: %(default)s)")
-    add("--dataset", default="shapes", help="for --run (default: %(default)s)")
-    add("--seeds", type=int, default=3, help="for --run: seeds 0 to N-1 (default: %(default)s)")
+    add("--run", action="store_true", help="run a protocol first (default: %(default)s)")
+    add("--protocol", choices=PROTOCOLS, default="quick", help="for --run (default: %(default)s)")
+    add("--seeds", type=int, help="for --run: the first N of its seeds (default: all)")
     add("--jobs", type=int, default=1, help="for --run: runs at once (default: %(default)s)")
     add("--out", default="runs", help="for --run: where runs are kept (default: %(default)s)")
     args = parser.parse_args(argv[:split])
     args.extra = argv[split + 1 :]
-    if min(args.seeds, args.jobs) < 1:
+    if args.jobs < 1 or (args.seeds is not None and args.seeds < 1):
         fail(f"--seeds {args.seeds} --jobs {args.jobs}: both are at least 1")
     if not args.run and (args.extra or not args.folders):
         fail("give RUN_DIR, or --run and then, after --, arguments of the arms")
     if args.run:  # a directory for each command, so that it compares its own runs alone
-        name = "_".join([args.dataset, *args.extra]).replace("/", "_").replace("--", "")
+        name = "_".join([args.protocol, *args.extra]).replace("/", "_").replace("--", "")
         args.folders.insert(0, Path(args.out, name))
     args.figure = args.figure or args.folders[0] / "comparison.png"
     return args
@@ -399,7 +457,7 @@ def main(argv: list[str]) -> int:
     """Run the arms if asked to, read, group, print, draw. Returns the exit code."""
     args = parse_args(argv)
     try:
-        failed = run_arms(args) if args.run else 0
+        failed = run_protocol(args) if args.run else 0
         arms = group_runs(read_runs(args.folders))
         text = report(arms, find_baseline(arms, args.baseline))
         print(text)
