@@ -85,15 +85,15 @@ TRIALS = {
         inner_lr=".003 .01 .03 .01 .003 .01 .03 .01",
         pretext_weight=".1 .1 .1 .3 .1 .1 .1 .3",
     ),
-    "fine-tuned": trials(2000, **SHARES),
-    "probed": trials(2000, **SHARES),
-    "scratch": trials(2000, lr=".0003 .0005 .001 .0015 .002 .003 .004 .006"),
+    "fine-tuned": trials(1000, **SHARES),
+    "probed": trials(1000, **SHARES),
+    "scratch": trials(1000, lr=".0003 .0005 .001 .0015 .002 .003 .004 .006"),
     "joint": trials(
         400,
         lr=".001 .001 .001 .001 .002 .002 .002 .002",
         pretext_weight=".03 .1 .3 1 .03 .1 .3 1",
     ),
-    "self-supervised": trials(600, **SHARES),
+    "self-supervised": trials(400, **SHARES),
 }
 CIFAR10 = "--dataset data/cifar10 --source data/tiny-imagenet-32 --width 16 --batch-size 64"
 VAL = "--eval-on val --eval-every 100"
