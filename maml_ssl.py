@@ -38,7 +38,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torch import distributed
 from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
@@ -58,6 +60,10 @@ SMALL = {"steps": 300, "eval_every": 50, "batch_size": 64, "width": 16}  # shape
 LARGE = {"steps": 10_000, "eval_every": 500, "batch_size": 128, "width": 32}  # others: one GPU
 # Arguments that do not tell one configuration from another
 ELSEWHERE = ("seed", "out", "name", "device", "data_dir", "resume", "overwrite")
+# This process and their number: `torchrun --nproc-per-node=N ARM.py` shares out each step's work
+RANK, RANKS = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def fail(message: object, code: int = 2):
@@ -97,6 +103,7 @@ def common_arguments(prog: str, about: str) -> argparse.ArgumentParser:
     add("--seed", type=number(0), default=0, help=f"of everything that is drawn {is_}")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=best, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--amp", action="store_true", help="bfloat16 autocast: faster where the hardware has it")
     add("--out", default="runs", help=f"the log goes to OUT/NAME/seed<k>/ {is_}")
     add("--name", help="(default: the arm, the dataset and the flags not at their defaults)")
     add("--resume", action="store_true", help="go on where the run broke off, if it did")
@@ -132,10 +139,17 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
             fail(f"{flag} {name!r}: no such folder, and none of {', '.join(DATASETS)}")
     if args.source == dataset != "shapes":
         fail(f"--source {args.source}: the same as --dataset; take another")
+    if RANKS > 1 and args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=args.device).item()
     except Exception:  # each kind of device has its own
         fail(f"--device {args.device!r} is not available here; --device cpu always is")
+    if args.batch_size < RANKS:
+        fail(f"--batch-size {args.batch_size}: each of {RANKS} processes needs an image")
+    if RANKS > 1 and not distributed.is_initialized():
+        gpu = None if args.device == "cpu" else torch.device(args.device)
+        distributed.init_process_group(device_id=gpu)  # gloo on CPUs, NCCL on GPUs
     if args.image_size % 8:
         fail(f"--image-size {args.image_size}: take a multiple of 8")
     return args
@@ -198,6 +212,20 @@ def rng(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> torch.Ge
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def check_memory(name: object, images: int, args: argparse.Namespace) -> None:
+    """Fail before `images` of three bytes a pixel are loaded that the memory has no room for."""
+    rooms, needed = {}, images * 3 * args.image_size**2
+    with suppress(OSError):  # a system other than Linux does not tell
+        words = Path("/proc/meminfo").read_text().split()
+        rooms["memory"] = int(words[words.index("MemAvailable:") + 1]) << 10
+    if torch.device(args.device).type == "cuda":
+        rooms[args.device] = torch.cuda.mem_get_info(args.device)[0]
+    for place, room in rooms.items():
+        if needed > room:
+            size = f"{images} images of --image-size {args.image_size} need {needed / 1e9:.1f} GB"
+            fail(f"{name}: {size}, {place} has {room / 1e9:.1f} GB left; take a smaller size")
+
+
 def decode(path: str, side: int) -> torch.Tensor:
     """The central square of an image file of any mode, scaled: [3, side, side] uint8."""
     try:
@@ -222,6 +250,7 @@ def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor
         fail(f"{root}: {error}; every class needs images, in train/CLASS/ and test/ or val/CLASS/")
     if odd := {*splits[0].classes} ^ {*splits[1].classes}:
         fail(f"{root}: classes in only one of {' and '.join(names)}: {', '.join(sorted(odd))}")
+    check_memory(root, len(stats), args)
     state = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     key, name = hashlib.sha256(state.encode()).hexdigest(), "-".join(root.resolve().parts[-2:])
     copy = Path(args.data_dir, f"decoded-{name}-{args.image_size}.pt")
@@ -230,7 +259,9 @@ def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor
     decoded = []
     for split in splits:
         bar = tqdm(split.samples, f"decoding {split.root}", leave=False, disable=None)
-        images = torch.stack([decode(path, args.image_size) for path, _ in bar])
+        images = torch.empty(len(bar), 3, args.image_size, args.image_size, dtype=torch.uint8)
+        for i, (path, _) in enumerate(bar):
+            images[i] = decode(path, args.image_size)
         decoded.append((images, torch.tensor(split.targets)))
     with suppress(OSError, RuntimeError):  # without a copy, the next run decodes again
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -241,6 +272,8 @@ def load_folder(root: Path, args: argparse.Namespace) -> list[tuple[torch.Tensor
 
 def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
     """A dataset by its name or folder; `source`: the source classes of shapes."""
+    if RANK > 0:
+        distributed.barrier()  # the first process downloads and decodes, the others find it
     if name == "shapes":
         classes = "source" if source else "target"
         splits = [pretext.draw_shapes(n, classes, seed) for n, seed in ((2000, 0), (1000, 1))]
@@ -255,6 +288,10 @@ def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
         splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
     else:
         splits = load_folder(Path(name), args)
+    if RANK == 0 < RANKS - 1:
+        distributed.barrier()
+    if name in DATASETS:
+        check_memory(name, sum(len(y) for _, y in splits), args)
     size = [args.image_size, args.image_size]
     splits = [(resize(x, size).contiguous().to(args.device), y.to(args.device)) for x, y in splits]
     return Data(*splits[0], *splits[1], flip=name != "mnist")
@@ -340,12 +377,15 @@ class Encoder(nn.Module):
 class Model(nn.Module):
     """One encoder, a head for each task: `model(images, "rotation")` is the output of that head."""
 
-    def __init__(self, encoder: Encoder, heads: dict[str, nn.Module]):
+    def __init__(self, encoder: Encoder, heads: dict[str, nn.Module], amp: bool = False):
         super().__init__()
-        self.encoder, self.heads = encoder, nn.ModuleDict(heads)
+        self.encoder, self.heads, self.amp = encoder, nn.ModuleDict(heads), amp
 
     def forward(self, images: torch.Tensor, task: str = "target") -> torch.Tensor:
-        return self.heads[task](self.encoder(images))
+        if not self.amp:
+            return self.heads[task](self.encoder(images))
+        with torch.autocast(images.device.type, torch.bfloat16):  # weights and losses stay float32
+            return self.heads[task](self.encoder(images)).float()
 
 
 def classifier(classes: int, channels: int) -> nn.Module:
@@ -364,7 +404,7 @@ def make_model(args: argparse.Namespace, heads: dict[str, Callable[[int], nn.Mod
 
     encoder = seeded("encoder", Encoder, args.backbone, args.width)
     made = {name: seeded(name, make, encoder.channels) for name, make in heads.items()}
-    return Model(encoder, made).to(args.device)
+    return Model(encoder, made, args.amp).to(args.device)
 
 
 # --- end shared: backbone ---
@@ -452,7 +492,7 @@ def outer_gradient(model: Model, tasks: dict, adaptations: list, args) -> dict:
     labels) with the tasks' (inputs, targets) by name and this adaptation's share of the query.
     The batches of a task serve all K inner steps. No tasks at all: plain supervised training.
     """
-    query_size, losses = sum(len(labels) for _, _, labels in adaptations), {"target": 0.0}
+    losses = {"target": 0.0}
     psi = parameters(model, "heads.target")
     for batches, images, labels in adaptations:
         w = parameters(model, "encoder", *(f"heads.{t}" for t in batches))
@@ -463,7 +503,7 @@ def outer_gradient(model: Model, tasks: dict, adaptations: list, args) -> dict:
         value, v, path = meta_gradient(
             outer_loss, inner_loss, w, psi, args.inner_lr, steps, second_order
         )
-        share = len(labels) / query_size  # B_t / B
+        share = len(labels) / args.batch_size  # B_t / B
         losses["target"] += share * value
         total = {name: share * g for name, g in v.items()}
         if batches:  # + beta * mean_t L_t(theta, phi_t), which the first inner step has found
@@ -566,6 +606,7 @@ class Run:
             "arguments": vars(args).copy(),
             "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
             "commit": commit(),
+            "processes": RANKS,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         try:
@@ -573,10 +614,13 @@ class Run:
             held = self.config.exists() or self.checkpoint.exists()
             if held and (args.resume or not args.overwrite):
                 self.look_back()
-            if not self.state:  # a new run: nothing older may be taken for its own
+            if RANKS > 1:
+                distributed.barrier()  # until each has looked back
+            if not self.state and RANK == 0:  # nothing older may be taken for the new run's own
                 self.checkpoint.unlink(missing_ok=True)
                 self.log.write_text(",".join(COLUMNS) + "\n")
-            replace(self.config, lambda file: file.write(json.dumps(config, indent=1).encode()))
+            if RANK == 0:
+                replace(self.config, lambda file: file.write(json.dumps(config, indent=1).encode()))
         except OSError as error:
             fail(f"--out {args.out}: {error}; take a directory that can be written")
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -617,7 +661,8 @@ class Run:
                 return steps
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
-            os.truncate(self.log, self.state["log_bytes"])  # later rows will be written again
+            if RANK == 0:
+                os.truncate(self.log, self.state["log_bytes"])  # later rows are written again
             step, self.state = int(self.state["step"]), None
             return step
         except Exception as error:
@@ -655,6 +700,15 @@ class Run:
         )
 
 
+def over_ranks(numbers: list[int], device: str, op: str = "SUM") -> list[int]:
+    """The sum, or MAX, of each number over the processes that torchrun started."""
+    if RANKS == 1:
+        return numbers
+    together = torch.tensor(numbers, device=device)
+    distributed.all_reduce(together, getattr(distributed.ReduceOp, op))
+    return together.tolist()
+
+
 def train(
     run: Run,
     phase: str,
@@ -665,8 +719,9 @@ def train(
 ) -> nn.Module:
     """One phase: AdamW along what `step_gradient` finds; returns the running average of the model.
 
-    step_gradient(step) adds to p.grad and returns (losses by name, images, labels) that it used:
-    losses[phase] is logged. evaluate(averaged model) returns (accuracy, accuracy_adapted).
+    step_gradient(step) adds to p.grad and returns (losses by name, images, labels) that it used,
+    of several processes each its summand; losses[phase] is logged. evaluate(averaged model)
+    returns (accuracy, accuracy_adapted).
     """
     args, flops, shown = run.args, 0, {}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -674,16 +729,24 @@ def train(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     parts = {"model": model, "average": average, "optimizer": optimizer}
     first = run.restore(phase, steps, parts)
-    bar = tqdm(range(first, steps), phase, initial=first, total=steps, dynamic_ncols=True)
+    shape = {"initial": first, "total": steps, "dynamic_ncols": True, "disable": RANK > 0}
+    bar = tqdm(range(first, steps), phase, **shape)
     for step in bar:
         began = time.perf_counter()
         warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
         decay = (1 + math.cos(math.pi * step / steps)) / 2 if args.schedule == "cosine" else 1.0
         optimizer.param_groups[0]["lr"] = args.lr * warm * decay
-        optimizer.zero_grad()
+        for p in trained:
+            p.grad = torch.zeros_like(p)
         with nullcontext() if flops else FlopCounterMode(display=False) as counter:
             losses, images, labels = step_gradient(step)
         flops = flops or counter.get_total_flops()  # every step of a phase does the same work
+        if RANKS > 1:
+            summands = [*(p.grad for p in trained), losses[phase]]
+            flat = parameters_to_vector(summands)
+            distributed.all_reduce(flat)
+            vector_to_parameters(flat, summands)
+        work = over_ranks([images, labels, flops], args.device)
         losses["gradient"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
         losses = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
         if bad := [f"{name} {x}" for name, x in losses.items() if not math.isfinite(x)]:
@@ -692,15 +755,17 @@ def train(
             fail(f"{why}; last checkpoint: {last}; try a smaller --lr", 1)
         optimizer.step()
         average.update_parameters(model)
-        used = [1, images, labels, flops, time.perf_counter() - began, losses[phase], 1]
+        used = [1, *work, time.perf_counter() - began, losses[phase], 1]
         run.counts = {k: n + more for (k, n), more in zip(run.counts.items(), used, strict=True)}
         now = (step + 1) % args.eval_every == 0 or step + 1 == steps
-        accuracies = evaluate(average.module) if now else None
-        shown = {"accuracy": f"{accuracies[0]:.2%}"} if now and accuracies[0] is not None else shown
+        accuracies = evaluate(average.module) if now and RANK == 0 else None
+        if accuracies and accuracies[0] is not None:
+            shown = {"accuracy": f"{accuracies[0]:.2%}"}
         bar.set_postfix(loss=f"{losses[phase]:.3f}", **shown, refresh=False)
-        stopped = run.signal  # one that comes from here on waits for the next step
+        # A signal that comes from here on waits for the next step
+        (stopped,) = over_ranks([run.signal], args.device, "MAX")
         try:
-            if now or stopped:
+            if RANK == 0 and (now or stopped):
                 run.save(phase, step + 1, parts, accuracies)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, of a full disk
             why = f"can't be written ({error}); make room"
@@ -732,19 +797,22 @@ def main(argv: list[str] | None = None) -> None:
     heads = {"target": partial(classifier, classes)} | {t: tasks[t].make_head for t in tasks}
     model = make_model(args, heads)
     # With alpha = 0 no task moves theta: one group will do, and the query goes forward at once.
-    joint = args.inner == "joint" or args.inner_lr == 0
-    groups = [tasks] if joint else [{name: task} for name, task in tasks.items()]
+    one = args.inner == "joint" if args.inner_lr else RANKS == 1
+    groups = [tasks] if one else [{name: task} for name, task in tasks.items()] or [{}] * RANKS
+    if len(groups) < RANKS:
+        fail(f"{RANKS} processes: --nproc-per-node {len(groups)} is the most that has work here")
     run = Run(args, model)
 
     def step_gradient(step: int) -> tuple[dict, int, int]:
         images, labels, index = labelled_batch(data, step, args)
         shares = [x.tensor_split(len(groups)) for x in (images, labels, index)]
-        adaptations, seen = [], len(images)
-        for group, x, y, i in zip(groups, *shares, strict=True):
+        adaptations, seen, labelled = [], 0, 0
+        for group, x, y, i in [*zip(groups, *shares, strict=True)][RANK::RANKS]:
             batches = support_batches(group, pool, (x, i), index, data.flip, step, args)
             adaptations.append((batches, x, y))
-            seen += args.inner_steps * sum(len(inputs) for inputs, _ in batches.values())
-        return outer_gradient(model, tasks, adaptations, args), seen, len(images)
+            labelled += len(y)
+            seen += len(x) + args.inner_steps * sum(len(z) for z, _ in batches.values())
+        return outer_gradient(model, tasks, adaptations, args), seen, labelled
 
     def evaluate(averaged: Model) -> tuple[float, float | None]:
         images, labels = data.test_images, data.test_labels
@@ -758,9 +826,12 @@ def main(argv: list[str] | None = None) -> None:
         return unadapted, accuracy(adapted, labels)
 
     train(run, "target", args.steps, model, step_gradient, evaluate)
-    print(f"log: {run.log}")
+    if RANK == 0:
+        print(f"log: {run.log}")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a Run takes care of it
     main()
+    if RANKS > 1:
+        distributed.destroy_process_group()

@@ -292,6 +292,54 @@ def test_readme_shows_commands_of_every_script():
         assert readme_commands((file.name,)), file
 
 
+# --- bfloat16 ---
+
+
+@pytest.mark.parametrize(
+    "arm, flags",
+    [("maml_ssl", ["--pretext", "rotation", "contrastive"]), ("linear_probe", [])],
+)
+def test_amp_rounds_only_inside_the_network(tmp_path, monkeypatch, arm, flags):
+    module, sums, outputs = ARMS[arm], [], set()
+    forward, norm = module.Model.forward, torch.nn.utils.get_total_norm
+    monkeypatch.setattr(module.Model, "forward", lambda *x: outputs.add(
+        (out := forward(*x)).dtype) or out)  # fmt: skip
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: sums.append(
+        torch.cat([g.flatten() for g in grads])) or norm(grads))  # fmt: skip
+    for amp in [], ["--amp"]:
+        _, checkpoint, _ = run(arm, tmp_path / str(amp), "--steps", 2, "--eval-every", 2,
+                               "--pretrain-steps" if arm == "linear_probe" else "--inner-steps", 1,
+                               *flags, *amp)  # fmt: skip
+        assert {x.dtype for x in checkpoint["model"].values()} == {torch.float32}
+    assert outputs == {torch.float32} and {g.dtype for g in sums} == {torch.float32}
+    for exact, rounded in zip(sums[:1], sums[2:3], strict=True):  # at the same weights
+        assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.4  # bfloat16: 2^-9 = 2e-3 each
+        assert torch.cosine_similarity(exact, rounded, dim=0) > 0.95
+
+
+def test_amp_adapts_in_float32(monkeypatch):
+    seen, adapt = set(), maml_ssl.adapt
+
+    def watched(loss, w, *rest, **named):
+        end, path = adapt(loss, w, *rest, **named)
+        seen.update(x.dtype for part in (w, end, path[0][2]) for x in part.values())
+        seen.add(path[0][1].dtype)
+        return end, path
+
+    monkeypatch.setattr(maml_ssl, "adapt", watched)
+    args = maml_ssl.parse_args([*TINY, "--amp", "--pretext", "rotation"])
+    task = {"rotation": pretext.Rotation(None)}
+    heads = {"target": lambda c: maml_ssl.classifier(3, c), "rotation": task["rotation"].make_head}
+    model = maml_ssl.make_model(args, heads)
+    images = torch.rand(8, 3, 32, 32)
+    batch = task["rotation"].make_batch(images, torch.arange(8), torch.Generator())
+    maml_ssl.outer_gradient(model, task, [({"rotation": batch}, images, torch.arange(8) % 3)], args)
+    assert seen == {torch.float32}
+
+
+# --- README ---
+
+
 def test_readme_s_file_map_counts_the_lines():
     rows = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text())
     assert {name for name, _ in rows} == {file.name for file in ROOT.glob("*.py")}

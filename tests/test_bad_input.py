@@ -204,6 +204,31 @@ def test_a_folder_needs_a_source_where_one_is_read(refused, tmp_path):
     assert maml_ssl.parse_args(["--dataset", root]).source is None
 
 
+# --- more than memory holds ---
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_dataset_too_large_is_refused_before_it_is_loaded(refused, arm, tmp_path, monkeypatch):
+    monkeypatch.setattr(arm, "decode", None)
+    root = folder(tmp_path / "f", ["train", "test"], ["a", "b"])
+    count = len([*root.rglob("*.png")])
+    words = f"{count} images", f"{3e-9 * count * 8e7**2:.1f} GB", "memory has", "smaller size"
+    command = ["--dataset", str(root), "--source", "shapes", "--image-size", "80000000"]
+    refused(arm, command, str(root), *words)
+    refused(arm, ["--image-size", "80000"], "shapes", "3000 images", "57600.0 GB")
+
+
+def test_a_dataset_fits_up_to_the_last_byte(monkeypatch):
+    args, read = maml_ssl.parse_args([]), Path.read_text
+    table = "MemTotal:       9 kB\nMemAvailable:      30 kB\n"
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: table if path == Path("/proc/meminfo") else read(path)
+    )
+    maml_ssl.check_memory("x", 10, args)  # 10 x 3 x 32 x 32 bytes = 30 KiB
+    with pytest.raises(SystemExit):
+        maml_ssl.check_memory("x", 11, args)
+
+
 # --- where the log goes ---
 
 
