@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -96,12 +97,40 @@ TRIALS = {
     "self-supervised": trials(400, **SHARES),
 }
 CIFAR10 = "--dataset data/cifar10 --source data/tiny-imagenet-32 --width 16 --batch-size 64"
+PRIMARY, BUDGETS = "500", ("100", "500", "2500")  # labels per class
+CHOSEN = dict.fromkeys(ARMS, "")  # TUNED
 VAL = "--eval-on val --eval-every 100"
+LABELS = {n: f"{CIFAR10} --labels-per-class {n} --steps 2000 --eval-every 200" for n in BUDGETS}
+FINAL = {arm: f"{ARMS[arm]} {LABELS[PRIMARY]} {CHOSEN[arm]}" for arm in ARMS}
+SHIFT = f"{CIFAR10} --labels-per-class 500 --steps 1000 --eval-every 500 --shift 1000"
+GPU = "--dataset cifar10 --source cifar100 --steps 5000 --width 64 --eval-every 250"
+TASKS = PRETEXT.split()
 PROTOCOLS = {  # name: (seeds, {directory: command})
     "quick": (range(3), {arm: f"{ARMS[arm]} --steps 100 --eval-every 20" for arm in MAIN}),
     "tune": (range(100, 101), {
         f"{arm}-{i}": f"{ARMS[arm]} {CIFAR10} --labels-per-class 500 {flags} {VAL}"
         for arm, each in TRIALS.items() for i, flags in enumerate(each, 1)
+    }),
+    "cpu": (range(5), {arm: FINAL[arm] for arm in MAIN}),
+    "controls": (range(5), {arm: FINAL[arm] for arm in ARMS if arm not in MAIN}),
+    "budgets": (range(5), {
+        f"{arm}-{n}": f"{ARMS[arm]} {LABELS[n]} {CHOSEN[arm]}"
+        for n in BUDGETS if n != PRIMARY for arm in MAIN[:4]
+    }),
+    "tasks": (range(3), {
+        f"{which}-{task}": f"maml_ssl.py {CIFAR10} --labels-per-class 500 --steps 600"
+        f" --eval-every 200 {CHOSEN['maml']} --pretext {' '.join(tasks)}"
+        for task in TASKS for which, tasks in
+        {"only": [task], "without": [t for t in TASKS if t != task]}.items()
+    }),
+    "shift": (range(5), {
+        "maml": f"maml_ssl.py --pretext rotation --support query --inner-lr 0.02 {SHIFT}",
+        "joint": f"maml_ssl.py --pretext rotation --support query --inner-lr 0 {SHIFT}",
+        "scratch": f"maml_ssl.py --inner-lr 0 --pretext-weight 0 {SHIFT}",
+    }),
+    "gpu": (range(3), {
+        f"{arm}{name}": f"{ARMS[arm]} {GPU} {labels}" for arm in ARMS
+        for name, labels in {"": "", "-100": "--labels-per-class 100"}.items()
     }),
 }  # fmt: skip
 
@@ -201,13 +230,20 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def short_name(run: Run) -> str:
     """What figure and table call an arm, before the settings that tell two of a name apart."""
-    before, alone = run.settings.get("pretrain"), run.settings.get("inner_lr") == "0.0"
+    told = run.settings.get
+    before, tasks = told("pretrain", ""), told("pretext", "")
+    before = "self-supervised" if "+" in before else before.replace("_", " ")
+    alone = "joint, no inner loop" if float(told("pretext_weight", 1)) else "from scratch"
     name = {
-        "maml_ssl": "joint, no inner loop" if alone else "MAML",
+        "maml_ssl": "MAML" if float(told("inner_lr", 1)) else alone,
         "pretrain_finetune": "from scratch" if before == "none" else f"{before}, fine-tuned",
         "linear_probe": f"{before}, probed",
     }.get(run.arm, run.arm)
-    return name + (" (transductive)" if run.settings.get("support") == "query" else "")
+    if run.arm == "maml_ssl" and name != "from scratch":
+        name += ", first order" * (told("first_order") == "True")
+        name += ", random labels" * (tasks == "random_labels")
+        name += ", source images too" * (told("pretext_images") == "both")
+    return name + " (transductive)" * (told("support") == "query")
 
 
 def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
@@ -238,23 +274,36 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 # --- statistics ---
-def t_critical(df: int, level: float = 0.95) -> float:
-    """Two-sided critical value of Student's t with df >= 1: P(|T| <= t) = level.
+def t_inside(df: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> angles, P(|T| <= t) at t = sqrt(df) tan(angle), of Student's t with df >= 1.
 
-    With t = sqrt(df) tan(angle) the density of t is cos(angle)^(df - 1), up to a factor.
+    In terms of the angle the density of t is cos(angle)^(df - 1), up to a factor.
     """
     angle = np.linspace(0, np.pi / 2, 10_001)
     density = np.cos(angle) ** (df - 1)
     inside = np.append(0, np.cumsum(density[1:] + density[:-1]))  # trapezoids
-    return math.sqrt(df) * math.tan(np.interp(level, inside / inside[-1], angle))
+    return angle, inside / inside[-1]
 
 
-def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and half width of the 95% t interval over axis 0 (seeds); NaN wide for one seed."""
+def t_critical(df: int, level: float = 0.95) -> float:
+    """Two-sided critical value: P(|T| <= t) = level."""
+    angle, inside = t_inside(df)
+    return math.sqrt(df) * math.tan(np.interp(level, inside, angle))
+
+
+def p_value(values: np.ndarray, null: float) -> float:
+    """Two-sided, of the hypothesis that the mean of values [seeds] is `null`; 1 for one seed."""
+    spread, n = np.std(values, ddof=1) if len(values) > 1 else math.inf, len(values)
+    t = abs(np.mean(values) - null) / (spread / math.sqrt(n) or 1e-300)
+    return 1 - np.interp(math.atan(t / math.sqrt(max(n - 1, 1))), *t_inside(max(n - 1, 1)))
+
+
+def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and half width of the t interval over axis 0 (seeds); NaN wide for one seed."""
     mean, n = np.mean(values, axis=0), len(values)
     if n == 1:
         return mean, np.full_like(mean, np.nan)
-    return mean, t_critical(n - 1) * np.std(values, axis=0, ddof=1) / math.sqrt(n)
+    return mean, t_critical(n - 1, level) * np.std(values, axis=0, ddof=1) / math.sqrt(n)
 
 
 def first_for_good(x: np.ndarray, accuracy: np.ndarray, goal: float) -> float:
@@ -332,6 +381,150 @@ there, so a mean would mislead."""
     return "\n\n".join([markdown(head, *over), note, markdown(head, *each)]) + "\n"
 
 
+# --- verdict: fixed before the runs that it judges ---
+MAML, SCRATCH, JOINT = "MAML", "from scratch", "joint, no inner loop"
+BOTH = ", source images too"
+QUESTIONS = [  # (question, arm, against, in which count)
+    ("final accuracy not a point below it", MAML, FINE_TUNED, "end"),
+    ("as written: steps to its final accuracy", MAML, FINE_TUNED, "total_step"),
+    ("as written: steps to its final accuracy", MAML, "supervised, probed", "total_step"),
+    ("in steps on the desired task alone", MAML, FINE_TUNED, "step"),
+    ("in FLOPs", MAML, FINE_TUNED, "flops"),
+    ("is it MAML? the same without it, in steps", SCRATCH, FINE_TUNED, "total_step"),
+    ("is it MAML? the same without it, in FLOPs", SCRATCH, FINE_TUNED, "flops"),
+    ("better than nothing", MAML, SCRATCH, "equal steps"),
+    ("better than nothing", MAML, SCRATCH, "equal FLOPs"),
+    ("the inner loop helps", MAML, JOINT, "equal steps"),
+    ("the inner loop helps", MAML, JOINT, "equal FLOPs"),
+    ("the second order helps", MAML, f"{MAML}, first order", "equal steps"),
+    ("the second order helps", MAML, f"{MAML}, first order", "equal FLOPs"),
+    ("the content of the tasks helps", MAML, f"{MAML}, random labels", "equal steps"),
+    (
+        "better than pretraining on the same tasks",
+        MAML,
+        "self-supervised, fine-tuned",
+        "equal steps",
+    ),
+    ("as written, with the source's images", MAML + BOTH, FINE_TUNED, "total_step"),
+    ("in FLOPs, with the source's images", MAML + BOTH, FINE_TUNED, "flops"),
+    ("the inner loop helps, with the source's images", MAML + BOTH, JOINT + BOTH, "equal steps"),
+    ("better than nothing, with the source's images", MAML + BOTH, SCRATCH, "equal steps"),
+]
+
+
+def measure(run: Run, other: Run, count: str) -> tuple[float, bool]:
+    """What a question asks of one seed, and whether that is only a lower bound (censored).
+
+    total_step, step, flops: where `run` has for good what `other` ended with, over other's budget.
+    end, equal steps, equal FLOPs: points of accuracy by which `run` is ahead.
+    """
+    y = run.log["accuracy"]
+    if count in ("total_step", "step", "flops"):
+        x = first_for_good(run.log[count], y, other.log["accuracy"][-1])
+        censored = bool(np.isnan(x))
+        return (run.log[count][-1] if censored else x) / other.log[count][-1], censored
+    column = "flops" if count == "equal FLOPs" else "total_step"
+    at = min(run.log[column][-1], other.log[column][-1]) if count != "end" else math.inf
+    mine, others = (np.interp(at, r.log[column], r.log["accuracy"]) for r in (run, other))
+    return 100 * (mine - others), False
+
+
+def judge(values: np.ndarray, censored: np.ndarray, count: str, level: float) -> tuple[str, str]:
+    """-> 'mean ± half width' and supported, refuted or undecided, of values [seeds]."""
+    mean, half = mean_interval(values, level)
+    ratio = count in ("total_step", "step", "flops")
+    null = 1 if ratio else -1 if count == "end" else 0
+    good, bad = mean + half < null, mean - half > null  # of a ratio; NaN: neither
+    if not ratio:
+        good, bad = bad, good
+    # A bound from below can refute that a ratio is small, but not support it
+    verdict = "supported" if good and not censored.any() else "undecided"
+    verdict = "refuted" if bad or (censored.all() and len(values) > 1) else verdict
+    text = f"{mean:{'.2f' if ratio else '+.1f'}}"
+    return text + ("" if np.isnan(half) else f" ± {half:{'.2f' if ratio else '.1f'}}"), verdict
+
+
+def by_budget(arms: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
+    """-> labels per class -> short name -> finished runs, where one configuration has that name."""
+    found: dict[str, dict[str, list]] = {}
+    for runs in arms.values():
+        if runs[0].finished:
+            budget = found.setdefault(runs[0].settings.get("labels_per_class", "None"), {})
+            budget.setdefault(short_name(runs[0]), []).append(runs)
+    return {n: {k: g[0] for k, g in each.items() if len(g) == 1} for n, each in found.items()}
+
+
+def verdict(budgets: dict[str, dict[str, list[Run]]]) -> str:
+    """The table of all QUESTIONS that the runs answer; budgets: labels per class -> arms.
+
+    The primary budget is judged at 95%; the others together, by Holm's correction of each question.
+    """
+    rows = [["labels per class", "question", "arm", "against", "counted in", "value", "seeds",
+             "censored", "verdict"]]  # fmt: skip
+    for question, arm, against, count in QUESTIONS:
+        found = {}
+        for budget, arms in budgets.items():
+            others = {run.seed: run for run in arms.get(against, [])}
+            pairs = [(run, others[run.seed]) for run in arms.get(arm, []) if run.seed in others]
+            if pairs:
+                values, censored = zip(*(measure(*pair, count) for pair in pairs), strict=True)
+                found[budget] = np.array(values), np.array(censored)
+        null = {"end": -1, "equal steps": 0, "equal FLOPs": 0}.get(count, 1)
+        p = {budget: p_value(values, null) for budget, (values, _) in found.items()}
+        ranked = [b for b in found if b == PRIMARY] + sorted({*found} - {PRIMARY}, key=p.get)
+        rejected = True
+        for i, budget in enumerate(ranked):
+            level = 0.95 if budget == PRIMARY else 1 - 0.05 / (len(ranked) - i)
+            value, said = judge(*found[budget], count, level)
+            if budget != PRIMARY:  # Holm: the first that is not rejected ends it
+                rejected = rejected and p[budget] <= 1 - level
+                said = said if rejected else "undecided"
+            values, censored = found[budget]
+            about = [budget, question, arm, against, count, value]
+            rows.append([*about, str(len(values)), str(censored.sum()), said])
+    return markdown(*rows) + "\n" if len(rows) > 1 else ""
+
+
+def read_table(run: Run, name: str) -> np.ndarray | None:
+    """A table beside the log, transfer.csv or shift.csv, with its columns as fields; None: none."""
+    path = run.folder / name
+    if not path.exists():
+        return None
+    return np.atleast_1d(
+        np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8")
+    )
+
+
+def shift_score(run: Run, adapted: bool) -> float:
+    """Mean accuracy (%) over families and levels, but noise: steps and rate were chosen on that."""
+    table = read_table(run, "shift.csv")
+    noise, steps = table[table["family"] == "noise"], 0
+    if adapted:
+        mean = lambda k: noise["accuracy"][noise["inner_steps"] == k].mean()  # noqa: E731
+        steps = max((k for k in np.unique(noise["inner_steps"]) if k), key=mean, default=0)
+    rest = ~np.isin(table["family"], ["clean", "noise"]) & (table["inner_steps"] == steps)
+    return 100 * table["accuracy"][rest].mean()
+
+
+def shift_verdict(arms: dict[str, list[Run]]) -> str:
+    """Does meta-learned adaptation help under shift? One line for each pair of arms."""
+    found = {}
+    for runs in arms.values():
+        runs = [run for run in runs if (run.folder / "shift.csv").exists()]
+        for how in ("adapted", "unadapted") if runs else ():
+            scores = {run.seed: shift_score(run, how == "adapted") for run in runs}
+            found[f"{short_name(runs[0])}, {how}"] = scores
+    tested = f"{MAML} (transductive), adapted"
+    rows = [["under shift", "against", "accuracy (%)", "of that", "difference", "verdict"]]
+    for other, theirs in found.items() if tested in found else ():
+        seeds = [seed for seed in found[tested] if seed in theirs]
+        if other != tested and seeds and other != f"{SCRATCH}, adapted":
+            a, b = (np.array([each[seed] for seed in seeds]) for each in (found[tested], theirs))
+            difference = judge(a - b, np.zeros(len(seeds), bool), "equal steps", 0.95)
+            rows.append([tested, other, plus_minus(a, ".1f"), plus_minus(b, ".1f"), *difference])
+    return markdown(*rows) + "\n" if len(rows) > 1 else ""
+
+
 # --- figure ---
 def mean_curve(runs: list[Run], column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x, mean accuracy (%) and half width of its interval: [points], over seeds at equal steps."""
@@ -401,25 +594,123 @@ def draw(arms: dict[str, list[Run]], columns: list[str], figure: Path) -> None:
         canvas.savefig(figure.with_suffix(suffix), dpi=300, bbox_inches="tight")
 
 
+def draw_panels(panels: list[tuple[str, str, dict]], wide: int, x_label: str, figure: Path) -> None:
+    """Draw small panels, `wide` to a row: (title, what is upwards, label -> (x, y [seeds, x]))."""
+    if not panels:
+        fail("none of these runs has what --x asks for")
+    high = math.ceil(len(panels) / wide)
+    canvas = Figure(figsize=(max(3.4, 1.75 * wide), 1.7 * high + 0.6))
+    grid = canvas.subplots(high, wide, squeeze=False, sharex=True, sharey="row")
+    lines = {}
+    for ax, (title, y_label, curves) in zip(grid.flat, panels, strict=False):
+        ax.set_title(title, size=8)
+        if ax in grid[:, 0]:
+            ax.set_ylabel(y_label)
+        for label, (x, values) in curves.items():
+            mean, half = mean_interval(np.array(values))
+            (lines[label],) = ax.plot(x, mean, markevery=max(1, len(x) // 6))
+            ax.fill_between(x, mean - half, mean + half, color=lines[label].get_color(), alpha=0.15)
+        if min(ax.get_ylim()) < 0 < max(ax.get_ylim()):
+            ax.axhline(0, color="0.5", lw=0.6)
+    for ax in grid.flat[len(panels) :]:
+        ax.set_axis_off()
+    canvas.supxlabel(x_label, size=8)
+    canvas.tight_layout()
+    where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "frameon": False}
+    canvas.legend([*lines.values()], [*lines], ncols=2, fontsize=7, **where)
+    for suffix in (".png", ".pdf"):
+        canvas.savefig(figure.with_suffix(suffix), dpi=300, bbox_inches="tight")
+
+
+def panels_of_transfer(arms: dict[str, list[Run]]) -> tuple[list, int, str]:
+    """For each task the cosine of its gradient with the desired task's, and what a step does."""
+    kinds = {
+        "cosine of gradients": lambda rows: rows["cosine"],
+        "change of test loss": lambda rows: rows["query_loss_adapted"] - rows["query_loss"],
+    }
+    tables = {}
+    for label, runs in arms.items():
+        found = [table for run in runs if (table := read_table(run, "transfer.csv")) is not None]
+        tables |= {label: found} if found else {}
+    names = [*dict.fromkeys(task for found in tables.values() for t in found for task in t["task"])]
+    panels = []
+    for kind, value in kinds.items():
+        for task in names:
+            curves = {}
+            for label, found in tables.items():
+                rows = [table[table["task"] == task] for table in found]
+                if len(rows[0]):
+                    points = min(map(len, rows))
+                    y = [value(r)[:points] for r in rows]
+                    curves[label] = rows[0]["total_step"][:points], y
+            title = task.replace("_", " ") if len(panels) < len(names) else ""
+            panels.append((title, kind, curves))
+    return panels, max(1, len(names)), "steps"
+
+
+def panels_of_shift(arms: dict[str, list[Run]]) -> tuple[list, int, str]:
+    """For each family accuracy, its levels' mean, against the number of steps of adaptation."""
+    panels: dict[str, dict] = {}
+    for label, runs in arms.items():
+        tables = [table for run in runs if (table := read_table(run, "shift.csv")) is not None]
+        for family in dict.fromkeys(tables[0]["family"]) if tables else ():
+            steps, y = np.unique(tables[0]["inner_steps"]), []
+            for t in tables:
+                of = [
+                    t["accuracy"][(t["family"] == family) & (t["inner_steps"] == k)] for k in steps
+                ]
+                y.append([100 * part.mean() for part in of])
+            panels.setdefault(family, {})[label] = steps, y
+    named = [(family, "test accuracy (%)", curves) for family, curves in panels.items()]
+    return named, 4, "steps of adaptation on each unlabelled test batch (transductive)"
+
+
+def panels_of_labels(arms: dict[str, list[Run]]) -> tuple[list, int, str]:
+    """Final accuracy against labels per class."""
+    curves: dict[str, tuple] = {}
+    budgets = {int(n): each for n, each in by_budget(arms).items() if n.isdigit()}
+    for name in dict.fromkeys(name for each in budgets.values() for name in each):
+        x = sorted(n for n in budgets if name in budgets[n])
+        seeds = set.intersection(*({run.seed for run in budgets[n][name]} for n in x))
+        runs = [[r for r in budgets[n][name] if r.seed in seeds] for n in x]
+        y = [[100 * run.log["accuracy"][-1] for run in each] for each in runs]
+        curves[name] = x, np.array(y).T
+    return [("", "final test accuracy (%)", curves)] if curves else [], 1, "labels per class"
+
+
+PANELS = {"labels": panels_of_labels, "transfer": panels_of_transfer, "shift": panels_of_shift}
+
+
 # --- running ---
 def run_protocol(args: argparse.Namespace) -> int:
     """Run a protocol seed by seed, skipping and continuing runs; returns how many failed."""
     env = os.environ | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    seeds, runs = PROTOCOLS[args.protocol]
+    (seeds, runs), children = PROTOCOLS[args.protocol], set()
+
+    def stop(*_: object) -> None:  # Ctrl-C of a terminal reaches the arms by itself
+        for child in children:
+            child.terminate()
+        raise KeyboardInterrupt
 
     def run(job: tuple[int, str]) -> bool:
         seed, name = job
         arm, *flags = runs[name].split()
         command = [sys.executable, Path(__file__).with_name(arm), "--resume", *flags, *args.extra]
         command += ["--out", args.folders[0], "--name", name, "--seed", str(seed)]
-        ended = subprocess.run(command, env=env, **quiet)
+        child = subprocess.Popen(command, env=env, **quiet)
+        children.add(child)
+        _, said = child.communicate()
+        children.discard(child)
         bar.update()
-        if ended.returncode:
-            said = ["no message", *ended.stderr.splitlines()][-1]
-            ended_with = f"ended with code {ended.returncode}: {said}"
+        if child.returncode:
+            ended_with = (
+                f"ended with code {child.returncode}: {['no message', *said.splitlines()][-1]}"
+            )
             tqdm.write(f"compare.py: {name} seed {seed} {ended_with}", sys.stderr)
-        return ended.returncode != 0
+        return child.returncode != 0
+
+    signal.signal(signal.SIGTERM, stop)
 
     jobs = [(seed, name) for seed in seeds[: args.seeds] for name in runs]
     with tqdm(total=len(jobs), unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
@@ -432,7 +723,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error, add = fail, parser.add_argument
     add("folders", nargs="*", type=Path, metavar="RUN_DIR", help="compare all runs below these")
-    add("--x", choices=[*AXES, "all"], default="total_step", help="axis (default: %(default)s)")
+    add("--x", choices=[*AXES, "all", *PANELS], default="total_step", help="axis; all six of them;"
+        " labels per class; transfer between tasks; shift (default: %(default)s)")  # fmt: skip
     add("--figure", type=Path, help="PNG file (default: comparison.png in the first RUN_DIR)")
     add("--baseline", default=FINE_TUNED, help="an arm, or its directory (default: %(default)s)")
     add("--run", action="store_true", help="run a protocol first (default: %(default)s)")
@@ -460,10 +752,14 @@ def main(argv: list[str]) -> int:
         failed = run_protocol(args) if args.run else 0
         arms = group_runs(read_runs(args.folders))
         text = report(arms, find_baseline(arms, args.baseline))
+        text = "\n".join(filter(None, [text, verdict(by_budget(arms)), shift_verdict(arms)]))
         print(text)
         with rc_context(STYLE):
             args.figure.parent.mkdir(parents=True, exist_ok=True)
-            draw(arms, list(AXES) if args.x == "all" else [args.x], args.figure)
+            if args.x in PANELS:
+                draw_panels(*PANELS[args.x](arms), args.figure)
+            else:
+                draw(arms, list(AXES) if args.x == "all" else [args.x], args.figure)
         args.figure.with_suffix(".md").write_text(text, encoding="utf-8")
         print(f"figure: {args.figure} and .pdf; table: {args.figure.with_suffix('.md')}")
     except OSError as error:

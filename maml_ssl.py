@@ -43,7 +43,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from torchvision.transforms.v2.functional import gaussian_blur, jpeg, pil_to_tensor, resize
 from tqdm import tqdm
 
 import pretext
@@ -176,6 +176,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         " batch)")  # fmt: skip
     add("--pretext-images", choices=("target", "both"), default="target", help="both: the source's"
         f" images too, without labels {is_}")  # fmt: skip
+    add("--shift", type=number(0), default=0, help="end with that many test images corrupted, and"
+        f" adapting to them, unlabelled: transductive {is_}")  # fmt: skip
     args = parse(parser, argv)
     gray = args.dataset in ("mnist", "fashion_mnist")
     args.pretext = args.pretext or [
@@ -559,6 +561,99 @@ def predict_adapted(
     return torch.cat(means)
 
 
+# --- what the tasks do to each other, and to images unlike the training images ---
+def write_rows(path: Path, names: str, rows: list[tuple], step: int = 0) -> None:
+    """Put rows into a CSV file, behind those that it has of steps before `step`."""
+    old = path.read_text().splitlines()[1:] if step and path.exists() else []
+    lines = [line for line in old if int(line.split(",")[0]) < step]
+    for row in rows:
+        lines.append(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row))
+    try:
+        replace(path, lambda file: file.write("\n".join([names, *lines, ""]).encode()))
+    except OSError as error:
+        fail(f"{path} can't be written ({error}); make room, then --resume", 1)
+
+
+def transfer(model: Model, tasks: dict, support: tuple, query: tuple, args) -> list[tuple]:
+    """What a step on each pretext task does to the desired task: rows of transfer.csv.
+
+    support: images [S, 3, H, W] in [0, 1] and indices [S]; query: images in [0, 1], labels [Q].
+    cosine: of the pretext loss's gradient and the query loss's, on theta; query_loss_adapted: the
+    query loss after adapting to that task alone.
+    """
+    theta, psi = parameters(model, "encoder"), parameters(model, "heads.target")
+    desired = partial(query_loss, model, *query)
+    _, before, g = gradient(lambda w: desired({**w, **psi}), theta)
+    rows = []
+    for name, task in tasks.items():
+        draw = rng(args.seed, f"evaluation {name}", 0, args.device)
+        loss = pretext_loss(model, tasks, {name: task.make_batch(*support, draw)})
+        w = parameters(model, "encoder", f"heads.{name}")
+        w, path = adapt(loss, w, args.inner_lr, args.inner_steps)
+        with torch.no_grad():
+            after = desired({**w, **psi})
+        both = [torch.cat([x[n].flatten() for n in theta]) for x in (path[0][2], g)]
+        cosine = torch.cosine_similarity(*both, dim=0)
+        rows.append((name, *(x.item() for x in (cosine, before, after, path[0][1].mean()))))
+    return rows
+
+
+# Severities 1, 3 and 5 of CIFAR-10-C (Hendrycks and Dietterich 2019, arXiv 1903.12261)
+CORRUPTIONS = {
+    "noise": (0.04, 0.08, 0.1),  # standard deviation
+    "blur": (0.4, 0.7, 1.0),  # standard deviation, in pixels of 32
+    "contrast": (0.75, 0.4, 0.15),  # factor
+    "brightness": (0.05, 0.15, 0.3),  # added to the largest channel
+    "pixelation": (0.95, 0.85, 0.65),  # of the side
+    "jpeg": (80, 58, 40),  # quality
+}
+
+
+def corrupt(images: torch.Tensor, family: str, level: float) -> torch.Tensor:
+    """[N, 3, H, W] uint8 -> uint8; the same images are corrupted in the same way every time."""
+    x, side = images / 255, images.shape[-1]
+    if family == "noise":
+        draw = rng(0, "noise", 0, images.device)
+        x = x + level * torch.randn(x.shape, generator=draw, device=x.device)
+    elif family == "blur":
+        x = gaussian_blur(x, [side // 8 * 2 + 1] * 2, [level * side / 32])
+    elif family == "contrast":
+        mean = x.mean((2, 3), keepdim=True)
+        x = mean + level * (x - mean)
+    elif family == "brightness":
+        value = x.amax(1, keepdim=True).clip(1 / 255)
+        x = x / value * (value + level).clip(max=1)
+    elif family == "pixelation":
+        x = F.interpolate(F.interpolate(x, round(level * side), mode="area"), side)
+    else:
+        return jpeg(images.cpu(), int(level)).to(images.device)
+    return (255 * x).round().clip(0, 255).byte()
+
+
+def shift(model: Model, groups: list[dict], images: torch.Tensor, labels: torch.Tensor, args):
+    """Accuracy under corruptions never trained on, after 0, 1, 3 and 10 steps on each batch.
+
+    Rows of shift.csv: family, level, inner_lr, inner_steps, accuracy. That is test-time training
+    (Sun et al. 2020, arXiv 1909.13231). Its rate is chosen on noise, so noise is no result.
+    """
+
+    def adapted(x: torch.Tensor, lr: float, steps: int) -> float:
+        changed = argparse.Namespace(**vars(args) | {"inner_lr": lr, "inner_steps": steps})
+        return accuracy(predict_adapted(model, groups, None, x, changed), labels)
+
+    noisy, rate, counts = corrupt(images, "noise", CORRUPTIONS["noise"][1]), 0.0, ()
+    if groups[0]:
+        rate = max((0.001, 0.003, 0.01, 0.03, 0.1), key=lambda lr: adapted(noisy, lr, 3))
+        counts = (1, 3, 10)
+    rows = []
+    for family, levels in {"clean": (0,), **CORRUPTIONS}.items():
+        for level in levels:
+            x = images if family == "clean" else corrupt(images, family, level)
+            rows.append((family, level, rate, 0, accuracy(predict(model, x), labels)))
+            rows += [(family, level, rate, k, adapted(x, rate, k)) for k in counts]
+    return rows
+
+
 # --- shared: training ---
 COUNTS = ["total_step", "images", "labels", "flops", "seconds"]
 COLUMNS = ["phase", "step", *COUNTS, "train_loss", "accuracy", "accuracy_adapted"]
@@ -632,20 +727,25 @@ class Run:
         try:
             old = dict(json.loads(file.read_bytes())["arguments"])
             longer = self.args.schedule == "constant" and self.args.steps > old["steps"]
-            file = self.checkpoint
-            if file.exists():
+            file, done = self.checkpoint, 0
+            if not file.exists():  # a finished log may be kept without its checkpoint
+                with suppress(OSError, ValueError, IndexError):
+                    done = int(self.log.read_text().splitlines()[-1].split(",")[2])
+            else:
                 self.state = torch.load(file, "cpu", weights_only=True)
                 self.counts = {name: self.state["counts"][name] for name in self.counts}
+                done = self.counts["total_step"]
                 log_bytes, file = self.state["log_bytes"], self.log
                 if file.stat().st_size < log_bytes:
                     raise EOFError
         except Exception as error:
             fail(f"{file} is missing or damaged ({type(error).__name__}); --overwrite starts again")
         for key, value in vars(self.args).items():
-            if key not in ELSEWHERE and old.get(key) != value and not (longer and key == "steps"):
+            same = (old.get(key) or None) == (value or None)  # older runs lack newer flags
+            if key not in ELSEWHERE and not same and not (longer and key == "steps"):
                 was = f"--{key.replace('_', '-')} {old.get(key)}, not {value}; take another --name"
                 fail(f"{self.directory} holds a run with {was}, or --overwrite")
-        if self.counts["total_step"] >= self.args.steps:
+        if done >= self.args.steps:
             print(f"{self.directory} holds this run, finished; --overwrite runs it again")
             raise SystemExit(0)
         if not self.args.resume:
@@ -814,16 +914,31 @@ def main(argv: list[str] | None = None) -> None:
             seen += len(x) + args.inner_steps * sum(len(z) for z, _ in batches.values())
         return outer_gradient(model, tasks, adaptations, args), seen, labelled
 
+    def draw(count: int, whole: torch.Tensor, purpose: str) -> torch.Tensor:
+        """The same few indices at every evaluation."""
+        order = torch.randperm(len(whole), generator=rng(args.seed, purpose))
+        return order[:count].to(args.device)
+
     def evaluate(averaged: Model) -> tuple[float, float | None]:
         images, labels = data.test_images, data.test_labels
-        unadapted = accuracy(predict(averaged, images), labels)
+        unadapted, now = accuracy(predict(averaged, images), labels), run.counts["total_step"]
+        index, test = draw(256, data.images, "evaluation"), draw(512, images, "transfer")
+        query, support = (images[test] / 255, labels[test]), (data.images[index], index)
+        if args.support == "query":
+            support = images[test], test
+        if tasks:
+            rows = transfer(averaged, tasks, (support[0] / 255, support[1]), query, args)
+            names = "total_step,task,cosine,query_loss,query_loss_adapted,pretext_loss"
+            write_rows(run.directory / "transfer.csv", names, [(now, *row) for row in rows], now)
+        if args.shift and now == args.steps:
+            test = draw(args.shift, images, "shift")
+            rows = shift(averaged, groups, images[test], labels[test], args)
+            names = "family,level,inner_lr,inner_steps,accuracy"
+            write_rows(run.directory / "shift.csv", names, rows)
         if args.inner_lr == 0:
             return unadapted, None
-        order = torch.randperm(len(data.images), generator=rng(args.seed, "evaluation"))
-        index = order[:256].to(args.device)  # one fixed draw of training images
-        support = (data.images[index], index) if args.support == "disjoint" else None
-        adapted = predict_adapted(averaged, groups, support, images, args)
-        return unadapted, accuracy(adapted, labels)
+        support = support if args.support == "disjoint" else None
+        return unadapted, accuracy(predict_adapted(averaged, groups, support, images, args), labels)
 
     train(run, "target", args.steps, model, step_gradient, evaluate)
     if RANK == 0:

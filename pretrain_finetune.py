@@ -529,20 +529,25 @@ class Run:
         try:
             old = dict(json.loads(file.read_bytes())["arguments"])
             longer = self.args.schedule == "constant" and self.args.steps > old["steps"]
-            file = self.checkpoint
-            if file.exists():
+            file, done = self.checkpoint, 0
+            if not file.exists():  # a finished log may be kept without its checkpoint
+                with suppress(OSError, ValueError, IndexError):
+                    done = int(self.log.read_text().splitlines()[-1].split(",")[2])
+            else:
                 self.state = torch.load(file, "cpu", weights_only=True)
                 self.counts = {name: self.state["counts"][name] for name in self.counts}
+                done = self.counts["total_step"]
                 log_bytes, file = self.state["log_bytes"], self.log
                 if file.stat().st_size < log_bytes:
                     raise EOFError
         except Exception as error:
             fail(f"{file} is missing or damaged ({type(error).__name__}); --overwrite starts again")
         for key, value in vars(self.args).items():
-            if key not in ELSEWHERE and old.get(key) != value and not (longer and key == "steps"):
+            same = (old.get(key) or None) == (value or None)  # older runs lack newer flags
+            if key not in ELSEWHERE and not same and not (longer and key == "steps"):
                 was = f"--{key.replace('_', '-')} {old.get(key)}, not {value}; take another --name"
                 fail(f"{self.directory} holds a run with {was}, or --overwrite")
-        if self.counts["total_step"] >= self.args.steps:
+        if done >= self.args.steps:
             print(f"{self.directory} holds this run, finished; --overwrite runs it again")
             raise SystemExit(0)
         if not self.args.resume:
