@@ -124,7 +124,7 @@ PROTOCOLS = {  # name: (seeds, {directory: command})
         {"only": [task], "without": [t for t in TASKS if t != task]}.items()
     }),
     "shift": (range(5), {
-        "maml": f"maml_ssl.py --pretext rotation --support query --inner-lr 0.02 {SHIFT}",
+        "maml": f"maml_ssl.py --pretext rotation --support query --inner-lr 0.03 {SHIFT}",
         "joint": f"maml_ssl.py --pretext rotation --support query --inner-lr 0 {SHIFT}",
         "scratch": f"maml_ssl.py --inner-lr 0 --pretext-weight 0 {SHIFT}",
     }),

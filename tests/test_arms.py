@@ -366,7 +366,7 @@ def test_readme_commands_run_with_small_sizes(command, tmp_path, image_folders):
 
 def test_readme_commands_of_compare_and_pretext_run_with_small_sizes(tmp_path):
     """In the order of README: the runs of the first are what the next ones read."""
-    small = {"--run": ["--out", "runs", "--jobs", "2", "--", *TINY, "--steps", "2"]}
+    small = {"--run": ["--out", "runs", "--seeds", "1", "--", *TINY, "--steps", "2"]}
     for command in readme_commands(("compare.py", "pretext.py")):
         script, *words = shlex.split(command)[1:]
         words = [str(ROOT / "results") if w.startswith("results") else w for w in words]

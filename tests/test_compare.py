@@ -1,6 +1,7 @@
 """compare.py on made-up logs: crossings and intervals known by hand, broken logs, stub arms."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,19 +17,24 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import compare
+import linear_probe
+import maml_ssl
+import pretrain_finetune
 
 HEADER = "phase,step,total_step,images,labels,flops,seconds,train_loss,accuracy,accuracy_adapted"
 FLOPS = 1000  # of one step
 
 
-def write_run(root, name, seed, curve, arm="maml_ssl", pretrain_steps=0, every=10, **arguments):
+def write_run(
+    root, name, seed, curve, arm="maml_ssl", pretrain_steps=0, every=10, flops=FLOPS, **arguments
+):
     """A finished run whose accuracies on the desired task are `curve`, one each `every` steps."""
     rows, steps = [HEADER], pretrain_steps + every * len(curve)
     accuracy = [""] * (pretrain_steps // every) + list(curve)
     for number, value in enumerate(accuracy, 1):
         total, phase = number * every, "target" if value != "" else "pretrain"
         step = total - (pretrain_steps if value != "" else 0)
-        cost = f"{total * 64},{total * 64},{total * FLOPS},{total / 10}"
+        cost = f"{total * 64},{total * 64},{total * flops},{total / 10}"
         rows.append(f"{phase},{step},{total},{cost},1.5,{value},")
     folder = Path(root) / name / f"seed{seed}"
     folder.mkdir(parents=True)
@@ -338,6 +344,208 @@ def test_a_million_rows_take_seconds(tmp_path, capsys):
     assert time.perf_counter() - start < 30  # about 4 on a free core
 
 
+# --- verdict ---
+def verdicts(capsys, root):
+    """What compare.py concludes: {(budget, question, arm, against, count): (value, ..., said)}."""
+    assert compare.main([str(root)]) == 0
+    text = capsys.readouterr().out
+    if "| question" not in text:
+        return {}
+    lines = text[text.index("| labels per class") :].split("\n\n")[0].splitlines()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines[2:]]
+    return {tuple(row[:5]): row[5:] for row in rows}
+
+
+def case(capsys, tmp_path, curves, base=(0.1, 0.2, 0.3, 0.3, 0.5), **arguments):
+    """The verdicts on one MAML run for each of `curves`, with fine-tuned runs that end with 0.5."""
+    for seed, curve in enumerate(curves):
+        write_run(tmp_path, "ft", seed, base, "pretrain_finetune", 50, labels_per_class=500)
+        write_run(tmp_path, "maml", seed, curve, inner_lr=0.01, labels_per_class=500, **arguments)
+    found = verdicts(capsys, tmp_path)
+    return {key[1].split(":")[0] + " " + key[4]: value for key, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("t", "df", "p"),  # NIST/SEMATECH e-Handbook, 1.3.6.7.2
+    [(2.776, 4, 0.05), (4.604, 4, 0.01), (12.706, 1, 0.05), (0.0, 4, 1.0)],
+)
+def test_p_value_has_the_published_values(t, df, p):
+    n = df + 1
+    values = np.arange(n) - df / 2
+    values = values / np.std(values, ddof=1) * math.sqrt(n)
+    assert compare.p_value(values + t, 0) == pytest.approx(p, abs=2e-4)
+    assert compare.p_value(-7 - values - t, -7) == pytest.approx(p, abs=2e-4)
+
+
+def test_fewer_steps_by_more_than_the_noise_are_supported(tmp_path, capsys):
+    curves = [[0.2, 0.4, 0.6, 0.6, 0.6], [0.2, 0.4, 0.65, 0.6, 0.6], [0.2, 0.45, 0.6, 0.6, 0.6]]
+    found = case(capsys, tmp_path, curves)
+    # Of 100 steps: crossings of 0.5 at 25, 24 and 23.3; the same in steps after pretraining, of 50
+    assert found["as written total_step"] == ["0.24 ± 0.02", "3", "0", "supported"]
+    assert found["in steps on the desired task alone step"][0] == "0.48 ± 0.04"
+    assert found["final accuracy not a point below it end"] == [
+        "+10.0 ± 0.0",
+        "3",
+        "0",
+        "supported",
+    ]
+
+
+def test_many_flops_refute_where_few_steps_support(tmp_path, capsys):
+    found = case(capsys, tmp_path, [[0.2, 0.6, 0.6], [0.3, 0.6, 0.7]], flops=10 * FLOPS)
+    assert found["as written total_step"][-1] == "supported"
+    assert found["in FLOPs flops"] == ["1.71 ± 0.53", "2", "0", "refuted"]
+
+
+def test_more_steps_refute_and_noise_leaves_it_undecided(tmp_path, capsys):
+    late = [0.1] * 11 + [0.6, 0.6]
+    found = case(capsys, tmp_path / "late", [late, [*late[1:], 0.6], late])
+    assert found["as written total_step"][-1] == "refuted"
+    found = case(capsys, tmp_path / "noise", [late, [0.6] * 13, late])
+    assert found["as written total_step"][-1] == "undecided"
+    found = case(capsys, tmp_path / "one", [[0.6, 0.6]])
+    assert {value[-1] for value in found.values()} == {"undecided"}  # one seed decides nothing
+
+
+def test_a_censored_seed_is_counted_and_can_not_support(tmp_path, capsys):
+    quick, never = [0.6, 0.6, 0.6, 0.6], [0.1, 0.1, 0.1, 0.1]
+    found = case(capsys, tmp_path / "one", [quick] * 9 + [never])
+    assert found["as written total_step"][1:] == ["10", "1", "undecided"]
+    found = case(capsys, tmp_path / "all", [never] * 3)
+    assert found["as written total_step"] == ["0.40 ± 0.00", "3", "3", "refuted"]
+
+
+@pytest.mark.parametrize(("end", "said"), [(0.495, "supported"), (0.47, "refuted")])
+def test_equal_or_better_is_at_most_a_point_below(tmp_path, capsys, end, said):
+    curves = [[0.2, end], [0.2, end + 0.001], [0.2, end - 0.001]]
+    found = case(capsys, tmp_path, curves)
+    assert found["final accuracy not a point below it end"][-1] == said
+
+
+def test_equal_flops_compare_where_the_cheaper_arm_ends(tmp_path, capsys):
+    for seed in range(3):
+        shift = seed / 1000
+        curve = [0.3 + shift, 0.4 + shift, 0.5 + shift, 0.9]
+        write_run(tmp_path, "maml", seed, curve, inner_lr=0.01, flops=10 * FLOPS)
+        write_run(tmp_path, "sc", seed, [0.2, 0.6] * 7 + [0.7], "pretrain_finetune",
+                  pretrain=["none"], flops=2 * FLOPS)  # fmt: skip
+    found = {key[3:]: value for key, value in verdicts(capsys, tmp_path).items()}
+    # It ends with 150 x 2 FLOPs, where MAML is at step 30 with 0.5; at step 40 it has 0.9
+    assert found["from scratch", "equal FLOPs"] == ["-19.9 ± 0.2", "3", "0", "refuted"]
+    assert found["from scratch", "equal steps"] == ["+30.0 ± 0.0", "3", "0", "supported"]
+
+
+@pytest.mark.parametrize(
+    ("p", "said"),  # of the budgets 100 and 2500; Holm: the smaller against 0.025, the other 0.05
+    [
+        ((0.02, 0.04), ("supported", "supported")),
+        ((0.03, 0.04), ("undecided", "undecided")),
+        ((0.06, 0.02), ("undecided", "supported")),
+    ],
+)
+def test_other_budgets_are_judged_by_holms_procedure(p, said):
+    def runs(differences):
+        fields = [(name, float) for name in ("total_step", "flops", "accuracy")]
+        log = lambda end: np.array([(100, 9, end)], fields)  # noqa: E731
+        make = lambda seed, end: compare.Run(Path(), "", "", seed, {}, log(0), log(end), True)  # noqa: E731
+        pairs = [(make(i, 0.5 + d), make(i, 0.5)) for i, d in enumerate(differences)]
+        mine, others = zip(*pairs, strict=True)
+        return {"MAML": list(mine), "from scratch": list(others)}
+
+    def differences(wanted):  # five, in thousandths about their mean, with this p value
+        spread = np.array([-2, -1, 0, 1, 2]) / 1000
+        means = np.linspace(0, 0.01, 100_001)
+        found = [compare.p_value(spread + mean, 0) for mean in means[::200]]
+        return spread + np.interp(wanted, found[::-1], means[::200][::-1])
+
+    budgets = {n: runs(differences(x)) for n, x in zip(("100", "2500"), p, strict=True)}
+    budgets[compare.PRIMARY] = runs(differences(0.04))
+    rows = [row for row in compare.verdict(budgets).splitlines() if "equal steps" in row]
+    found = {row.split("|")[1].strip(): row.split("|")[-2].strip() for row in rows}
+    assert (found["100"], found["2500"]) == said and found[compare.PRIMARY] == "supported"
+
+
+def test_every_question_is_about_arms_that_a_protocol_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/cifar10", "data/tiny-imagenet-32"):
+        Path(folder).mkdir(parents=True)
+    names = set()
+    for script, *flags in (command.split() for command in compare.FINAL.values()):
+        arm = script.removesuffix(".py")
+        told = {k: compare.say(v) for k, v in vars(ARMS[arm].parse_args(flags)).items()}
+        empty = np.empty(0)
+        names.add(compare.short_name(compare.Run(Path(), arm, "", 0, told, empty, empty, True)))
+    assert len(names) == len(compare.FINAL)
+    assert {name for _, *pair, _ in compare.QUESTIONS for name in pair} <= names
+
+
+# --- tables beside the log ---
+def write_shift(root, name, seed, accuracies, **arguments):
+    """shift.csv of one level a family; accuracies: family -> {steps: accuracy}."""
+    folder = write_run(root, name, seed, [0.2, 0.4], support="query", **arguments).parent
+    lines = ["family,level,inner_lr,inner_steps,accuracy"]
+    for family, each in accuracies.items():
+        lines += [f"{family},0.5,0.01,{k},{x}" for k, x in each.items()]
+    (folder / "shift.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_under_shift_the_steps_are_chosen_on_noise_and_the_others_reported(tmp_path, capsys):
+    for seed in range(3):
+        more = seed / 500
+        maml = {"noise": {0: 0.1, 1: 0.3, 3: 0.2}, "blur": {0: 0.4, 1: 0.5 + more, 3: 0.9},
+                "jpeg": {0: 0.4, 1: 0.6, 3: 0.9}, "clean": {0: 0.9, 1: 0.9, 3: 0.9}}  # fmt: skip
+        joint = {"noise": {0: 0.1, 1: 0.1, 3: 0.2}, "blur": {0: 0.4, 1: 0.1, 3: 0.45},
+                 "jpeg": {0: 0.4, 1: 0.1, 3: 0.45}, "clean": {0: 0.9, 1: 0.1, 3: 0.1}}  # fmt: skip
+        write_shift(tmp_path, "maml", seed, maml, inner_lr=0.01)
+        write_shift(tmp_path, "joint", seed, joint, inner_lr=0.0)
+    compare.main([str(tmp_path), "--x", "shift", "--figure", str(tmp_path / "shift.png")])
+    text = capsys.readouterr().out
+    rows = text[text.index("| under shift") :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    found = {row[1]: row[2:] for row in rows}
+    means = ["55.1 ± 0.2", "45.0 ± 0.0", "+10.1 ± 0.2", "supported"]
+    assert found["joint, no inner loop (transductive), adapted"] == means
+    assert found["MAML (transductive), unadapted"][1] == "40.0 ± 0.0"
+    assert (tmp_path / "shift.png").stat().st_size > 10_000
+    panels, _, _ = compare.panels_of_shift(compare.group_runs(compare.read_runs([tmp_path])))
+    curves = {title: curves for title, _, curves in panels}["blur"]
+    x, y = next(curves[label] for label in curves if label.startswith("MAML"))
+    assert [*x] == [0, 1, 3] and y[2] == pytest.approx([40, 50.4, 90])
+
+
+def test_transfer_is_drawn_for_each_task_over_the_seeds(tmp_path, capsys):
+    for seed in range(2):
+        folder = write_run(tmp_path, "maml", seed, [0.2, 0.4]).parent
+        lines = ["total_step,task,cosine,query_loss,query_loss_adapted,pretext_loss"]
+        for step in (10, 20):
+            lines += [f"{step},rotation,{0.1 * (seed + 1)},2.0,1.9,1.5"]
+            lines += [f"{step},contrastive,-0.2,2.0,2.1,6.0"]
+        (folder / "transfer.csv").write_text("\n".join(lines) + "\n")
+    write_run(tmp_path, "sc", 0, [0.2, 0.4], "pretrain_finetune", pretrain=["none"])
+    figure = tmp_path / "transfer.png"
+    assert compare.main([str(tmp_path), "--x", "transfer", "--figure", str(figure)]) == 0
+    assert figure.stat().st_size > 10_000
+    panels, wide, _ = compare.panels_of_transfer(compare.group_runs(compare.read_runs([tmp_path])))
+    assert wide == 2 and [title for title, _, _ in panels] == ["rotation", "contrastive", "", ""]
+    x, y = panels[0][2]["MAML"]
+    assert [*x] == [10, 20] and np.array(y).mean(0) == pytest.approx([0.15, 0.15])
+    assert np.array(panels[3][2]["MAML"][1]) == pytest.approx(np.full((2, 2), 0.1))
+
+
+def test_label_budgets_are_drawn_from_the_seeds_that_all_have(tmp_path, capsys):
+    for n in (100, 500):
+        for seed in range(3 if n == 100 else 2):
+            write_run(tmp_path, f"m{n}", seed, [0.2, n / 1000 + seed / 100], labels_per_class=n)
+    arms = compare.group_runs(compare.read_runs([tmp_path]))
+    ((_, _, curves),), _, _ = compare.panels_of_labels(arms)
+    x, y = curves["MAML"]
+    assert x == [100, 500] and y == pytest.approx(np.array([[10, 50], [11, 51]]))
+    figure = tmp_path / "labels.png"
+    assert compare.main([str(tmp_path), "--x", "labels", "--figure", str(figure)]) == 0
+    assert figure.stat().st_size > 5_000
+    assert "--x" in refused(capsys, tmp_path / "m100", "--x", "shift")
+
+
 # --- figure ---
 @pytest.mark.parametrize("x", ["total_step", "step", "flops", "all"])
 def test_figure_and_table_are_written(tmp_path, capsys, x):
@@ -386,26 +594,30 @@ def test_labels_do_not_overlap_and_one_alone_stands_level(tmp_path):
 
 
 # --- running the arms ---
+ARMS = {"maml_ssl": maml_ssl, "pretrain_finetune": pretrain_finetune, "linear_probe": linear_probe}
 STUB = """
-import argparse, json, os, pathlib, sys, time
+import argparse, json, os, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
-for flag in ("--dataset", "--out", "--source", "--data-dir"):
+for flag in ("--dataset", "--out", "--name"):
     parser.add_argument(flag)
+parser.add_argument("--pretrain", default="supervised")
+parser.add_argument("--inner-lr", type=float, default=0.01)
 parser.add_argument("--seed", type=int)
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--resume", action="store_true")
-args = parser.parse_args()
+args, _ = parser.parse_known_args()
+signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
 arm = pathlib.Path(__file__).stem
 if arm == "linear_probe" and args.seed == 1:
     sys.exit("a bar 50%\\rlinear_probe.py: the probe of seed 1 is broken")
-folder = pathlib.Path(args.out, arm, f"seed{args.seed}")
+folder = pathlib.Path(args.out, args.name, f"seed{args.seed}")
 folder.mkdir(parents=True, exist_ok=True)
 with open(folder.parent / "calls", "a") as file:
     file.write(f"{args.seed} {args.resume} {os.environ.get('OMP_NUM_THREADS')}\\n")
 log = folder / "metrics.csv"
 rows = log.read_text().splitlines() if log.exists() else [HEADER]
 (folder / "config.json").write_text(json.dumps({"arm": arm, "arguments": vars(args)
-    | {"eval_on": "test", "pretrain": ["supervised"]}}))
+    | {"eval_on": "test", "pretrain": [args.pretrain]}}))
 try:
     for step in range(10 * len(rows), args.steps + 1, 10):
         time.sleep(PAUSE)
@@ -420,7 +632,7 @@ except KeyboardInterrupt:
 def write_stubs(root, pause=0.0):
     """A copy of compare.py beside three stub arms; the probe of seed 1 fails."""
     shutil.copy(compare.__file__, root)
-    for arm in compare.ARMS:
+    for arm in ARMS:
         stub = STUB.replace("PAUSE", str(pause)).replace("HEADER", repr(HEADER))
         (root / f"{arm}.py").write_text(stub)
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
@@ -431,36 +643,69 @@ def write_stubs(root, pause=0.0):
 def test_run_starts_continues_and_skips_and_one_failure_loses_nothing(tmp_path):
     command, options = write_stubs(tmp_path)
     command += ["--seeds", "2", "--jobs", "2", "--", "--steps", "40"]
-    out = tmp_path / "runs" / "shapes_steps_40"
+    out = tmp_path / "runs" / "quick_steps_40"
     first = subprocess.run(command, capture_output=True, **options)
     assert first.returncode == 1, first.stderr
-    said = "linear_probe seed 1 ended with code 1: linear_probe.py: the probe of seed 1 is broken"
+    said = "probed seed 1 ended with code 1: linear_probe.py: the probe of seed 1 is broken"
     assert first.stderr.count("broken") == 1 and f"compare.py: {said}" in first.stderr
     assert "40.0" in first.stdout and (out / "comparison.png").exists()
-    calls = (out / "maml_ssl" / "calls").read_text().splitlines()
+    calls = (out / "maml" / "calls").read_text().splitlines()
     assert sorted(calls) == ["0 True 1", "1 True 1"]  # --jobs 2: single-thread processes
     # Break one run off; the same command continues it.
-    log = out / "maml_ssl" / "seed1" / "metrics.csv"
+    log = out / "maml" / "seed1" / "metrics.csv"
     whole = log.read_text()
     rewrite(log, lambda lines: lines[:2])
     again = subprocess.run(command, capture_output=True, **options)
     assert again.returncode == 1 and log.read_text() == whole
 
 
-def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_stopping_stops_the_runs_and_says_how_to_go_on(tmp_path, how):
     command, options = write_stubs(tmp_path, pause=10)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **options)
-    running = tmp_path / "runs" / "shapes" / "maml_ssl" / "seed0" / "config.json"
+    running = tmp_path / "runs" / "quick" / "maml" / "seed0" / "config.json"
     for _ in range(200):
         if running.exists():
             break
         time.sleep(0.05)
     time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGINT)  # to all of the session, as a terminal does it
+    if how == "Ctrl-C":  # to all of the session, as a terminal does it
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
     _, said = process.communicate(timeout=10)
     assert process.returncode == 130 and "the same command continues" in said
     assert (running.parent / "interrupted").exists()
-    assert not (tmp_path / "runs" / "shapes" / "linear_probe").exists()
+    assert not (tmp_path / "runs" / "quick" / "probed").exists()
+
+
+def test_every_command_of_every_protocol_is_one_that_its_arm_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/cifar10", "data/tiny-imagenet-32"):
+        Path(folder).mkdir(parents=True)
+    assert {"quick", "cpu", "gpu"} <= compare.PROTOCOLS.keys()
+    for name, (seeds, runs) in compare.PROTOCOLS.items():
+        parsed = {}
+        for label, command in runs.items():
+            script, *flags = command.split()
+            args = ARMS[script.removesuffix(".py")].parse_args(flags)
+            told = {k: v for k, v in vars(args).items() if k != "name"}
+            assert told not in parsed.values() or script not in {
+                runs[other].split()[0] for other, t in parsed.items() if t == told
+            }, f"{name}: {label} is another run again"
+            parsed[label] = told
+        if name != "tune":  # what chooses the settings is never used to report them
+            assert {args["eval_on"] for args in parsed.values()} == {"test"}
+            assert not {*seeds} & {*compare.PROTOCOLS["tune"][0]}
+        if name in ("cpu", "controls", "budgets"):
+            assert len(seeds) >= 5 and min(args["steps"] for args in parsed.values()) >= 2000
+
+
+def test_eight_settings_are_tried_for_each_arm_on_validation():
+    _, runs = compare.PROTOCOLS["tune"]
+    for arm in [*compare.MAIN, "self-supervised"]:
+        mine = {command for label, command in runs.items() if label.startswith(f"{arm}-")}
+        assert len(mine) == 8 and all("--eval-on val" in command for command in mine)
 
 
 def test_the_control_without_an_inner_loop_is_called_that(tmp_path, capsys):
