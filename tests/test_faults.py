@@ -626,7 +626,7 @@ def test_a_pretext_loss_that_is_not_finite_stops_before_it_is_applied(
 
     def make_batch(self, images, *rest):
         inputs, targets = real(self, images, *rest)
-        return inputs * (value if next(steps) == 5 else 1), targets  # one of them is evaluation
+        return inputs * (value if next(steps) == 6 else 1), targets  # two of them are evaluation
 
     def step(self, *args, **kwargs):
         applied.append(1)
