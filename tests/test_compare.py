@@ -465,6 +465,14 @@ def test_other_budgets_are_judged_by_holms_procedure(p, said):
     assert (found["100"], found["2500"]) == said and found[compare.PRIMARY] == "supported"
 
 
+def test_two_configurations_of_one_arm_are_not_judged(tmp_path, capsys):
+    found = case(capsys, tmp_path, [[0.6, 0.6]] * 2)
+    assert found
+    for seed in range(2):
+        write_run(tmp_path, "m2", seed, [0.6, 0.6], inner_lr=0.02, labels_per_class=500)
+    assert verdicts(capsys, tmp_path) == {}
+
+
 def test_every_question_is_about_arms_that_a_protocol_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("data/cifar10", "data/tiny-imagenet-32"):
