@@ -624,7 +624,7 @@ def corrupt(images: torch.Tensor, family: str, level: float) -> torch.Tensor:
         value = x.amax(1, keepdim=True).clip(1 / 255)
         x = x / value * (value + level).clip(max=1)
     elif family == "pixelation":
-        x = F.interpolate(F.interpolate(x, round(level * side), mode="area"), side)
+        x = F.interpolate(F.interpolate(x, int(level * side), mode="area"), side)
     else:
         return jpeg(images.cpu(), int(level)).to(images.device)
     return (255 * x).round().clip(0, 255).byte()
