@@ -98,7 +98,16 @@ TRIALS = {
 }
 CIFAR10 = "--dataset data/cifar10 --source data/tiny-imagenet-32 --width 16 --batch-size 64"
 PRIMARY, BUDGETS = "500", ("100", "500", "2500")  # labels per class
-CHOSEN = dict.fromkeys(ARMS, "")  # TUNED
+CHOSEN = {  # the best of the trials; results/tune holds all of them
+    "maml": "--lr .002 --inner-lr .01 --pretext-weight .3",
+    "fine-tuned": "--lr .001 --pretrain-steps 1000",
+    "probed": "--lr .001 --pretrain-steps 1500",
+    "scratch": "--lr .001",
+    "joint": "",
+    "self-supervised": "",
+}
+CHOSEN |= dict.fromkeys(("first-order", "random-labels", "maml-both"), CHOSEN["maml"])
+CHOSEN["joint-both"] = CHOSEN["joint"]
 VAL = "--eval-on val --eval-every 100"
 LABELS = {n: f"{CIFAR10} --labels-per-class {n} --steps 2000 --eval-every 200" for n in BUDGETS}
 FINAL = {arm: f"{ARMS[arm]} {LABELS[PRIMARY]} {CHOSEN[arm]}" for arm in ARMS}

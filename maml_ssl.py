@@ -19,6 +19,7 @@ AdamW moves theta, every phi_t and psi along the exact (second-order) gradient o
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -43,7 +44,7 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2.functional import gaussian_blur, jpeg, pil_to_tensor, resize
+from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor, resize
 from tqdm import tqdm
 
 import pretext
@@ -564,22 +565,22 @@ def predict_adapted(
 # --- what the tasks do to each other, and to images unlike the training images ---
 def write_rows(path: Path, names: str, rows: list[tuple], step: int = 0) -> None:
     """Put rows into a CSV file, behind those that it has of steps before `step`."""
-    old = path.read_text().splitlines()[1:] if step and path.exists() else []
-    lines = [line for line in old if int(line.split(",")[0]) < step]
-    for row in rows:
-        lines.append(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row))
     try:
+        old = path.read_text().splitlines()[1:] if step and path.exists() else []
+        lines = [line for line in old if int(line.split(",")[0]) < step]
+        for row in rows:
+            lines.append(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row))
         replace(path, lambda file: file.write("\n".join([names, *lines, ""]).encode()))
-    except OSError as error:
-        fail(f"{path} can't be written ({error}); make room, then --resume", 1)
+    except (OSError, ValueError) as error:
+        fail(f"{path} can't be continued ({error}); make room or remove it, then --resume", 1)
 
 
 def transfer(model: Model, tasks: dict, support: tuple, query: tuple, args) -> list[tuple]:
-    """What a step on each pretext task does to the desired task: rows of transfer.csv.
+    """What the inner loop of each pretext task does to the desired task: rows of transfer.csv.
 
     support: images [S, 3, H, W] in [0, 1] and indices [S]; query: images in [0, 1], labels [Q].
-    cosine: of the pretext loss's gradient and the query loss's, on theta; query_loss_adapted: the
-    query loss after adapting to that task alone.
+    -> task, cosine of the pretext loss's gradient and the query loss's on theta, query loss before
+    and after adapting to that task alone, pretext loss before.
     """
     theta, psi = parameters(model, "encoder"), parameters(model, "heads.target")
     desired = partial(query_loss, model, *query)
@@ -610,7 +611,7 @@ CORRUPTIONS = {
 
 
 def corrupt(images: torch.Tensor, family: str, level: float) -> torch.Tensor:
-    """[N, 3, H, W] uint8 -> uint8; the same images are corrupted in the same way every time."""
+    """[N, 3, H, W] uint8 -> uint8; the same batch is corrupted in the same way every time."""
     x, side = images / 255, images.shape[-1]
     if family == "noise":
         draw = rng(0, "noise", 0, images.device)
@@ -621,20 +622,28 @@ def corrupt(images: torch.Tensor, family: str, level: float) -> torch.Tensor:
         mean = x.mean((2, 3), keepdim=True)
         x = mean + level * (x - mean)
     elif family == "brightness":
-        value = x.amax(1, keepdim=True).clip(1 / 255)
-        x = x / value * (value + level).clip(max=1)
-    elif family == "pixelation":
-        x = F.interpolate(F.interpolate(x, int(level * side), mode="area"), side)
+        value = x.amax(1, keepdim=True)
+        x = torch.where(value > 0, x / value, 1) * (value + level).clip(max=1)
     else:
-        return jpeg(images.cpu(), int(level)).to(images.device)
+        changed = []
+        for picture in (Image.fromarray(image.movedim(0, 2).numpy()) for image in images.cpu()):
+            if family == "pixelation":
+                small, box = [int(level * side)] * 2, Image.Resampling.BOX
+                picture = picture.resize(small, box).resize([side] * 2, box)
+            else:
+                picture.save(file := io.BytesIO(), "JPEG", quality=level)
+                picture = Image.open(file)
+            changed.append(pil_to_tensor(picture))
+        return torch.stack(changed).to(images.device)
     return (255 * x).round().clip(0, 255).byte()
 
 
 def shift(model: Model, groups: list[dict], images: torch.Tensor, labels: torch.Tensor, args):
-    """Accuracy under corruptions never trained on, after 0, 1, 3 and 10 steps on each batch.
+    """Accuracy on corrupted test images, after 0, 1, 3 and 10 inner steps on each batch of them.
 
     Rows of shift.csv: family, level, inner_lr, inner_steps, accuracy. That is test-time training
-    (Sun et al. 2020, arXiv 1909.13231). Its rate is chosen on noise, so noise is no result.
+    (Sun et al. 2020, arXiv 1909.13231). Its rate is chosen with the labels of the noisy images, so
+    noise is no result. No arm trains on corruptions, but contrastive's views vary in colour.
     """
 
     def adapted(x: torch.Tensor, lr: float, steps: int) -> float:
@@ -893,6 +902,8 @@ def main(argv: list[str] | None = None) -> None:
     at_once = args.batch_size + args.support_batch_size
     if tasks and args.support == "disjoint" and len(pool) < at_once:
         fail(f"{len(pool)} images: too few for --batch-size + --support-batch-size {at_once}")
+    if args.shift > len(data.test_images):
+        fail(f"--shift {args.shift}: there are {len(data.test_images)} test images; take fewer")
     classes = int(data.labels.max()) + 1
     heads = {"target": partial(classifier, classes)} | {t: tasks[t].make_head for t in tasks}
     model = make_model(args, heads)
@@ -902,6 +913,9 @@ def main(argv: list[str] | None = None) -> None:
     if len(groups) < RANKS:
         fail(f"{RANKS} processes: --nproc-per-node {len(groups)} is the most that has work here")
     run = Run(args, model)
+    if RANK == 0:  # nothing older may be taken for this run's own
+        for name in ["shift.csv"] if run.state else ["shift.csv", "transfer.csv"]:
+            (run.directory / name).unlink(missing_ok=True)
 
     def step_gradient(step: int) -> tuple[dict, int, int]:
         images, labels, index = labelled_batch(data, step, args)
@@ -932,7 +946,8 @@ def main(argv: list[str] | None = None) -> None:
             write_rows(run.directory / "transfer.csv", names, [(now, *row) for row in rows], now)
         if args.shift and now == args.steps:
             test = draw(args.shift, images, "shift")
-            rows = shift(averaged, groups, images[test], labels[test], args)
+            each = [tasks] if args.inner == "joint" else [{t: tasks[t]} for t in tasks] or [{}]
+            rows = shift(averaged, each, images[test], labels[test], args)
             names = "family,level,inner_lr,inner_steps,accuracy"
             write_rows(run.directory / "shift.csv", names, rows)
         if args.inner_lr == 0:

@@ -709,6 +709,26 @@ def test_every_command_of_every_protocol_is_one_that_its_arm_takes(tmp_path, mon
             assert len(seeds) >= 5 and min(args["steps"] for args in parsed.values()) >= 2000
 
 
+def test_the_settings_of_the_final_runs_are_the_best_of_the_committed_trials():
+    results = Path(compare.__file__).parent / "results" / "tune"
+    for arm, chosen in compare.CHOSEN.items():
+        tried = {run.folder.parent.name: run.log["accuracy"][-1]
+                 for run in compare.read_runs([results])
+                 if run.folder.parent.name.startswith(f"{arm}-") and run.finished}  # fmt: skip
+        if not tried:  # first-order, random labels and the source's images take MAML's and joint's
+            assert chosen == compare.CHOSEN["joint" if arm == "joint-both" else "maml"]
+            continue
+        assert len(tried) == 8
+        best = max(tried, key=tried.get)
+        flags = compare.TRIALS[arm][int(best.removeprefix(f"{arm}-")) - 1].split()
+        wanted = dict(zip(flags[::2], flags[1::2], strict=True))
+        steps = int(wanted.pop("--steps"))
+        if "--pretrain-steps" in wanted:  # the same share of 2000 steps
+            wanted["--pretrain-steps"] = str(int(wanted["--pretrain-steps"]) * 2000 // steps)
+        words = chosen.split()
+        assert dict(zip(words[::2], words[1::2], strict=True)) == wanted, arm
+
+
 def test_eight_settings_are_tried_for_each_arm_on_validation():
     _, runs = compare.PROTOCOLS["tune"]
     for arm in [*compare.MAIN, "self-supervised"]:
