@@ -270,7 +270,7 @@ def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
         splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
     else:
         splits = load_folder(Path(name), args)
-    if RANK == 0 < RANKS - 1:
+    if RANK == 0 and RANKS > 1:
         distributed.barrier()
     if name in DATASETS:
         check_memory(name, sum(len(y) for _, y in splits), args)
@@ -587,8 +587,7 @@ class Run:
         if accuracies:
             self.row(phase, step, accuracies)
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"phase": phase, "step": step, "counts": self.counts}
-        state |= {"log_bytes": self.log.stat().st_size}
+        state |= dict(phase=phase, step=step, counts=self.counts, log_bytes=self.log.stat().st_size)
         replace(self.checkpoint, partial(torch.save, state))
 
     def row(self, phase: str, step: int, accuracies: tuple[float | None, float | None]) -> None:
@@ -601,10 +600,8 @@ class Run:
             file.write(",".join(text) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        shown = " adapted ".join(f"{x:6.2%}" for x in accuracies if x is not None)
-        tqdm.write(
-            f"{phase:8} {step:6} {seconds:8.1f} s  loss {loss:7.4f}  accuracy {shown or '-'}"
-        )
+        shown = " adapted ".join(f"{x:6.2%}" for x in accuracies if x is not None) or "-"
+        tqdm.write(f"{phase:8} {step:6} {seconds:8.1f} s  loss {loss:7.4f}  accuracy {shown}")
 
 
 def over_ranks(numbers: list[int], device: str, op: str = "SUM") -> list[int]:

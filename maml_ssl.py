@@ -173,17 +173,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f" task, or one by the mean pretext loss {is_}")  # fmt: skip
     add("--support", choices=("disjoint", "query"), default="disjoint", help="images to adapt to:"
         f" others than the query, or the query itself, unlabelled: transductive {is_}")  # fmt: skip
-    add("--support-batch-size", type=number(2), help="images for each task (default: half a"
-        " batch)")  # fmt: skip
+    add("--support-batch-size", type=number(2), help="for each task (default: half a batch)")
     add("--pretext-images", choices=("target", "both"), default="target", help="both: the source's"
         f" images too, without labels {is_}")  # fmt: skip
     add("--shift", type=number(0), default=0, help="end with that many test images corrupted, and"
         f" adapting to them, unlabelled: transductive {is_}")  # fmt: skip
     args = parse(parser, argv)
     gray = args.dataset in ("mnist", "fashion_mnist")
-    args.pretext = args.pretext or [
-        t for t in pretext.DEFAULT_TASKS if t != "colorization" or not gray
-    ]
+    usual = [t for t in pretext.DEFAULT_TASKS if not (gray and t == "colorization")]
+    args.pretext = args.pretext or usual
     args.support_batch_size = args.support_batch_size or max(2, args.batch_size // 2)
     if args.inner_lr == 0:
         args.inner_steps = 1  # theta stays where it is, however many steps it takes
@@ -291,7 +289,7 @@ def load(name: str, args: argparse.Namespace, source: bool = False) -> Data:
         splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
     else:
         splits = load_folder(Path(name), args)
-    if RANK == 0 < RANKS - 1:
+    if RANK == 0 and RANKS > 1:
         distributed.barrier()
     if name in DATASETS:
         check_memory(name, sum(len(y) for _, y in splits), args)
@@ -427,9 +425,8 @@ def gradient(loss: Callable, w: Parameters, keep_graph: bool = False):
     """-> w as leaves of a new graph, loss(w), gradient of its mean (zero for what it ignores)."""
     w = {name: p.detach().requires_grad_() for name, p in w.items()}
     value = loss(w)
-    leaves = list(w.values())
     grads = torch.autograd.grad(
-        value.mean(), leaves, create_graph=keep_graph, materialize_grads=True
+        value.mean(), list(w.values()), create_graph=keep_graph, materialize_grads=True
     )
     return w, value.detach(), dict(zip(w, grads, strict=True))
 
@@ -437,7 +434,8 @@ def gradient(loss: Callable, w: Parameters, keep_graph: bool = False):
 def adapt(loss: Callable, w: Parameters, lr: float, steps: int, keep_graph: bool = False):
     """The inner loop: w_{k+1} = w_k - alpha grad L(w_k), k = 0 ... K-1 (1703.03400, section 2.2).
 
-    Returns w_K and the path [(w_k, L(w_k), grad L(w_k))]; keep_graph: of the last gradient alone.
+    Returns w_K and the path [(w_k, L(w_k), grad L(w_k))]; keep_graph: that of the last step alone,
+    which meta_gradient needs first; it makes the others again.
     """
     path = []
     for k in range(steps):
@@ -462,7 +460,7 @@ def meta_gradient(
     where H is the Hessian of the inner loss. First order (1703.03400, section 5.2): H = 0.
     """
     w_last, path = adapt(inner_loss, w, lr, steps, keep_graph=second_order)
-    _, value, v = gradient(outer_loss, {**w_last, **psi})
+    _, value, v = gradient(outer_loss, {**w_last, **psi})  # zero for a pretext head, so far
     for k in reversed(range(steps if second_order else 0)):
         w_k, losses, g = path[k] if k == steps - 1 else gradient(inner_loss, path[k][0], True)
         hv = torch.autograd.grad(
@@ -492,8 +490,8 @@ def outer_gradient(model: Model, tasks: dict, adaptations: list, args) -> dict:
     """Add the gradient of the outer loss to every p.grad, as backward() does; -> losses by name.
 
     adaptations: one for each pretext task, or one for all of them together: (batches, images,
-    labels) with the tasks' (inputs, targets) by name and this adaptation's share of the query.
-    The batches of a task serve all K inner steps. No tasks at all: plain supervised training.
+    labels) with the tasks' (inputs, targets) by name and this adaptation's share of a query of
+    args.batch_size images. The batches of a task serve all K inner steps. No tasks: supervised.
     """
     losses = {"target": 0.0}
     psi = parameters(model, "heads.target")
@@ -789,8 +787,7 @@ class Run:
         if accuracies:
             self.row(phase, step, accuracies)
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"phase": phase, "step": step, "counts": self.counts}
-        state |= {"log_bytes": self.log.stat().st_size}
+        state |= dict(phase=phase, step=step, counts=self.counts, log_bytes=self.log.stat().st_size)
         replace(self.checkpoint, partial(torch.save, state))
 
     def row(self, phase: str, step: int, accuracies: tuple[float | None, float | None]) -> None:
@@ -803,10 +800,8 @@ class Run:
             file.write(",".join(text) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        shown = " adapted ".join(f"{x:6.2%}" for x in accuracies if x is not None)
-        tqdm.write(
-            f"{phase:8} {step:6} {seconds:8.1f} s  loss {loss:7.4f}  accuracy {shown or '-'}"
-        )
+        shown = " adapted ".join(f"{x:6.2%}" for x in accuracies if x is not None) or "-"
+        tqdm.write(f"{phase:8} {step:6} {seconds:8.1f} s  loss {loss:7.4f}  accuracy {shown}")
 
 
 def over_ranks(numbers: list[int], device: str, op: str = "SUM") -> list[int]:
@@ -908,12 +903,13 @@ def main(argv: list[str] | None = None) -> None:
     heads = {"target": partial(classifier, classes)} | {t: tasks[t].make_head for t in tasks}
     model = make_model(args, heads)
     # With alpha = 0 no task moves theta: one group will do, and the query goes forward at once.
+    alone = [{name: task} for name, task in tasks.items()] or [{}] * RANKS
     one = args.inner == "joint" if args.inner_lr else RANKS == 1
-    groups = [tasks] if one else [{name: task} for name, task in tasks.items()] or [{}] * RANKS
+    groups = [tasks] if one else alone
     if len(groups) < RANKS:
         fail(f"{RANKS} processes: --nproc-per-node {len(groups)} is the most that has work here")
     run = Run(args, model)
-    if RANK == 0:  # nothing older may be taken for this run's own
+    if RANK == 0:  # nothing older may be taken for this run's own; shift.csv comes at the end
         for name in ["shift.csv"] if run.state else ["shift.csv", "transfer.csv"]:
             (run.directory / name).unlink(missing_ok=True)
 
@@ -937,22 +933,21 @@ def main(argv: list[str] | None = None) -> None:
         images, labels = data.test_images, data.test_labels
         unadapted, now = accuracy(predict(averaged, images), labels), run.counts["total_step"]
         index, test = draw(256, data.images, "evaluation"), draw(512, images, "transfer")
-        query, support = (images[test] / 255, labels[test]), (data.images[index], index)
-        if args.support == "query":
-            support = images[test], test
+        query, disjoint = (images[test] / 255, labels[test]), args.support == "disjoint"
+        support = (data.images[index], index) if disjoint else (images[test], test)
         if tasks:
             rows = transfer(averaged, tasks, (support[0] / 255, support[1]), query, args)
             names = "total_step,task,cosine,query_loss,query_loss_adapted,pretext_loss"
             write_rows(run.directory / "transfer.csv", names, [(now, *row) for row in rows], now)
         if args.shift and now == args.steps:
-            test = draw(args.shift, images, "shift")
-            each = [tasks] if args.inner == "joint" else [{t: tasks[t]} for t in tasks] or [{}]
-            rows = shift(averaged, each, images[test], labels[test], args)
+            shifted = draw(args.shift, images, "shift")
+            each = [tasks] if args.inner == "joint" else alone
+            rows = shift(averaged, each, images[shifted], labels[shifted], args)
             names = "family,level,inner_lr,inner_steps,accuracy"
             write_rows(run.directory / "shift.csv", names, rows)
         if args.inner_lr == 0:
             return unadapted, None
-        support = support if args.support == "disjoint" else None
+        support = support if disjoint else None
         return unadapted, accuracy(predict_adapted(averaged, groups, support, images, args), labels)
 
     train(run, "target", args.steps, model, step_gradient, evaluate)

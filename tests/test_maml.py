@@ -84,7 +84,7 @@ NAMES = ["rotation", "colorization", "masked_autoencoding"]
 
 def settings(**changed):
     default = dict(inner_lr=0.4, inner_steps=1, first_order=False, pretext_weight=0.3)
-    default |= dict(seed=0, device="cpu", support="disjoint", support_batch_size=4, batch_size=6)
+    default |= dict(seed=0, device="cpu", support="disjoint", support_batch_size=4, batch_size=10)
     return argparse.Namespace(**{**default, **changed})
 
 
@@ -185,7 +185,7 @@ def test_the_recursion_equals_autograd_through_the_unrolled_loop(
 
 def test_first_order_is_the_query_gradient_at_the_adapted_weights(problem):
     model, tasks, each, _ = problem
-    args = settings(inner_steps=2, first_order=True, pretext_weight=0.0)
+    args = settings(inner_steps=2, first_order=True, pretext_weight=0.0, batch_size=3)
     _, gradient = outer_gradient(model, tasks, each[:1], args)
     batches, images, labels = each[0]
     w = maml_ssl.parameters(model, "encoder", "heads.rotation")
@@ -239,7 +239,7 @@ def test_no_pretext_work_and_no_inner_lr_is_supervised_training():
     model = maml_ssl.Model(
         SmoothEncoder(), {"target": nn.Sequential(nn.Flatten(), nn.Linear(16, 3))}
     )
-    twin, args = copy.deepcopy(model), settings(inner_lr=0.0, pretext_weight=0.0)
+    twin, args = copy.deepcopy(model), settings(inner_lr=0.0, pretext_weight=0.0, batch_size=6)
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, twin)]
     for step in range(5):
         images, labels = torch.rand(6, 3, 16, 16), torch.arange(6) % 3
