@@ -105,7 +105,7 @@ CHOSEN = {  # the best of the trials; results/tune holds all of them
     "probed": "--lr .001 --pretrain-steps 1500",
     "scratch": "--lr .001",
     "joint": "--lr .001 --pretext-weight .03",
-    "self-supervised": "",
+    "self-supervised": "--lr .001 --pretrain-steps 500",
 }
 CHOSEN |= dict.fromkeys(("first-order", "random-labels", "maml-both"), CHOSEN["maml"])
 CHOSEN["joint-both"] = CHOSEN["joint"]
