@@ -1,6 +1,6 @@
 """MAML over self-supervised tasks: pretext tasks in the inner loop, the desired one in the outer.
 
-    python maml_ssl.py                                  # embedded dataset: 89%, 2-5 minutes, 2 cores
+    python maml_ssl.py                                  # embedded dataset: 89%, 2-5 min, 2 cores
     python maml_ssl.py --dataset cifar10                # downloads CIFAR-10; sized for one GPU
     python maml_ssl.py --dataset FOLDER --labels-per-class 100
 
