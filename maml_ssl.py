@@ -737,7 +737,7 @@ class Run:
             file, done = self.checkpoint, 0
             if not file.exists():  # a finished log may be kept without its checkpoint
                 with suppress(OSError, ValueError, IndexError):
-                    done = int(self.log.read_text().splitlines()[-1].split(",")[2])
+                    done = int(self.log.read_text().split("\n")[-2].split(",")[2])  # not a torn row
             else:
                 self.state = torch.load(file, "cpu", weights_only=True)
                 self.counts = {name: self.state["counts"][name] for name in self.counts}

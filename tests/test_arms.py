@@ -262,6 +262,28 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(tm
     assert len(rows) == 2 and log.read_bytes() != before
 
 
+def test_a_log_kept_without_its_checkpoint_is_finished_if_its_last_row_is_whole(tmp_path, capsys):
+    """As in results/: the checkpoint is not kept. Of an unfinished one nothing is taken over."""
+    flags = "--steps", 4, "--eval-every", 2, "--inner-lr", 0, "--pretext-weight", 0
+    run("maml_ssl", tmp_path, *flags)
+    directory = tmp_path / "x" / "seed0"
+    log = directory / "metrics.csv"
+    whole = log.read_text()
+    for kept, again in (
+        (whole, False),
+        (whole[:-20], True),
+        (whole[: whole.index("target,4")], True),
+    ):
+        log.write_text(kept)
+        (directory / "checkpoint.pt").unlink(missing_ok=True)
+        try:
+            run("maml_ssl", tmp_path, *flags, "--resume")
+        except SystemExit as stop:
+            assert stop.code == 0 and "finished" in capsys.readouterr().out and not again
+        assert (directory / "checkpoint.pt").exists() == again
+        assert len(log.read_text().splitlines()) == 3
+
+
 # --- as users meet them ---
 
 
