@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from matplotlib import cycler, rc_context
+from matplotlib import cycler, rc_context, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
@@ -613,14 +613,15 @@ def draw_panels(panels: list[tuple[str, str, dict]], wide: int, x_label: str, fi
     high = math.ceil(len(panels) / wide)
     canvas = Figure(figsize=(max(3.4, 1.75 * wide), 1.7 * high + 0.6))
     grid = canvas.subplots(high, wide, squeeze=False, sharex=True, sharey="row")
-    lines = {}
+    names = dict.fromkeys(label for _, _, curves in panels for label in curves)
+    looks, lines = dict(zip(names, rcParams["axes.prop_cycle"](), strict=False)), {}
     for ax, (title, y_label, curves) in zip(grid.flat, panels, strict=False):
         ax.set_title(title, size=8)
         if ax in grid[:, 0]:
             ax.set_ylabel(y_label)
         for label, (x, values) in curves.items():
             mean, half = mean_interval(np.array(values))
-            (lines[label],) = ax.plot(x, mean, markevery=max(1, len(x) // 6))
+            (lines[label],) = ax.plot(x, mean, markevery=max(1, len(x) // 6), **looks[label])
             ax.fill_between(x, mean - half, mean + half, color=lines[label].get_color(), alpha=0.15)
         if min(ax.get_ylim()) < 0 < max(ax.get_ylim()):
             ax.axhline(0, color="0.5", lw=0.6)
@@ -651,9 +652,9 @@ def panels_of_transfer(arms: dict[str, list[Run]]) -> tuple[list, int, str]:
             curves = {}
             for label, found in tables.items():
                 rows = [table[table["task"] == task] for table in found]
-                if len(rows[0]):
-                    points = min(map(len, rows))
-                    y = [value(r)[:points] for r in rows]
+                points = min(map(len, rows))
+                y = [value(r)[:points] for r in rows]
+                if points and (kind.startswith("cosine") or np.any(y)):  # joint does not adapt
                     curves[label] = rows[0]["total_step"][:points], y
             title = task.replace("_", " ") if len(panels) < len(names) else ""
             panels.append((title, kind, curves))

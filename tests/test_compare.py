@@ -530,6 +530,8 @@ def test_transfer_is_drawn_for_each_task_over_the_seeds(tmp_path, capsys):
             lines += [f"{step},contrastive,-0.2,2.0,2.1,6.0"]
         (folder / "transfer.csv").write_text("\n".join(lines) + "\n")
     write_run(tmp_path, "sc", 0, [0.2, 0.4], "pretrain_finetune", pretrain=["none"])
+    joint = write_run(tmp_path, "joint", 0, [0.2, 0.4], inner_lr=0.0).parent / "transfer.csv"
+    joint.write_text(f"{lines[0]}\n10,rotation,0.3,2.0,2.0,1.5\n")  # one task, no adaptation
     figure = tmp_path / "transfer.png"
     assert compare.main([str(tmp_path), "--x", "transfer", "--figure", str(figure)]) == 0
     assert figure.stat().st_size > 10_000
@@ -538,6 +540,7 @@ def test_transfer_is_drawn_for_each_task_over_the_seeds(tmp_path, capsys):
     x, y = panels[0][2]["MAML"]
     assert [*x] == [10, 20] and np.array(y).mean(0) == pytest.approx([0.15, 0.15])
     assert np.array(panels[3][2]["MAML"][1]) == pytest.approx(np.full((2, 2), 0.1))
+    assert [len(curves) for _, _, curves in panels] == [2, 1, 1, 1]
 
 
 def test_label_budgets_are_drawn_from_the_seeds_that_all_have(tmp_path, capsys):
