@@ -929,14 +929,15 @@ def main(argv: list[str] | None = None) -> None:
         order = torch.randperm(len(whole), generator=rng(args.seed, purpose))
         return order[:count].to(args.device)
 
-    def evaluate(averaged: Model) -> tuple[float, float | None]:
-        images, labels = data.test_images, data.test_labels
-        unadapted, now = accuracy(predict(averaged, images), labels), run.counts["total_step"]
-        index, test = draw(256, data.images, "evaluation"), draw(512, images, "transfer")
-        query, disjoint = (images[test] / 255, labels[test]), args.support == "disjoint"
-        support = (data.images[index], index) if disjoint else (images[test], test)
+    disjoint, images, labels = args.support == "disjoint", data.test_images, data.test_labels
+    index, test = draw(256, data.images, "evaluation"), draw(512, images, "transfer")
+    support = (data.images[index], index) if disjoint else (images[test], test)
+
+    def diagnose(averaged: Model, now: int) -> None:
+        """transfer.csv and, after the last step, shift.csv."""
         if tasks:
-            rows = transfer(averaged, tasks, (support[0] / 255, support[1]), query, args)
+            query, unlabelled = (images[test] / 255, labels[test]), (support[0] / 255, support[1])
+            rows = transfer(averaged, tasks, unlabelled, query, args)
             names = "total_step,task,cosine,query_loss,query_loss_adapted,pretext_loss"
             write_rows(run.directory / "transfer.csv", names, [(now, *row) for row in rows], now)
         if args.shift and now == args.steps:
@@ -945,10 +946,14 @@ def main(argv: list[str] | None = None) -> None:
             rows = shift(averaged, each, images[shifted], labels[shifted], args)
             names = "family,level,inner_lr,inner_steps,accuracy"
             write_rows(run.directory / "shift.csv", names, rows)
+
+    def evaluate(averaged: Model) -> tuple[float, float | None]:
+        diagnose(averaged, run.counts["total_step"])
+        unadapted = accuracy(predict(averaged, images), labels)
         if args.inner_lr == 0:
             return unadapted, None
-        support = support if disjoint else None
-        return unadapted, accuracy(predict_adapted(averaged, groups, support, images, args), labels)
+        to = support if disjoint else None
+        return unadapted, accuracy(predict_adapted(averaged, groups, to, images, args), labels)
 
     train(run, "target", args.steps, model, step_gradient, evaluate)
     if RANK == 0:
