@@ -122,7 +122,10 @@ PROTOCOLS = {  # name: (seeds, {directory: command})
         for arm, each in TRIALS.items() for i, flags in enumerate(each, 1)
     }),
     "cpu": (range(5), {arm: FINAL[arm] for arm in MAIN}),
-    "controls": (range(5), {arm: FINAL[arm] for arm in ARMS if arm not in MAIN}),
+    "controls": (range(5), {
+        "no-inner-loop": f"{FINAL['maml']} --inner-lr 0",  # unlike joint, not tuned for itself
+        **{arm: FINAL[arm] for arm in ARMS if arm not in MAIN},
+    }),
     "budgets": (range(5), {
         f"{arm}-{n}": f"{ARMS[arm]} {LABELS[n]} {CHOSEN[arm]}"
         for n in BUDGETS if n != PRIMARY for arm in ("maml", "fine-tuned", "probed", "scratch")
@@ -393,6 +396,7 @@ there, so a mean would mislead."""
 
 # --- verdict: fixed before the runs that it judges ---
 MAML, SCRATCH, JOINT = "MAML", "from scratch", "joint, no inner loop"
+SAME = "joint with MAML's settings"
 BOTH = ", source images too"
 QUESTIONS = [  # (question, arm, against, in which count)
     ("final accuracy not a point below it", MAML, FINE_TUNED, "end"),
@@ -406,6 +410,8 @@ QUESTIONS = [  # (question, arm, against, in which count)
     ("better than nothing", MAML, SCRATCH, "equal FLOPs"),
     ("the inner loop helps", MAML, JOINT, "equal steps"),
     ("the inner loop helps", MAML, JOINT, "equal FLOPs"),
+    ("the inner loop alone helps", MAML, SAME, "equal steps"),  # these two: asked after the runs
+    ("the inner loop alone helps", MAML, SAME, "equal FLOPs"),  # of the protocol cpu were seen
     ("the second order helps", MAML, f"{MAML}, first order", "equal steps"),
     ("the second order helps", MAML, f"{MAML}, first order", "equal FLOPs"),
     ("the content of the tasks helps", MAML, f"{MAML}, random labels", "equal steps"),
@@ -462,6 +468,14 @@ def by_budget(arms: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
         if runs[0].finished:
             budget = found.setdefault(runs[0].settings.get("labels_per_class", "None"), {})
             budget.setdefault(short_name(runs[0]), []).append(runs)
+    off = {"inner_lr": "0.0", "inner_steps": "1"}
+    for each in found.values():  # set apart joint training that lacks MAML's inner loop alone
+        without, joint = (
+            [runs[0].settings | off for runs in each.get(MAML, [])],
+            each.get(JOINT, []),
+        )
+        each[SAME] = [runs for runs in joint if runs[0].settings in without]
+        each[JOINT] = [runs for runs in joint if runs[0].settings not in without] or joint
     return {n: {k: g[0] for k, g in each.items() if len(g) == 1} for n, each in found.items()}
 
 
@@ -683,7 +697,8 @@ def panels_of_labels(arms: dict[str, list[Run]]) -> tuple[list, int, str]:
     """Final accuracy against labels per class."""
     curves: dict[str, tuple] = {}
     budgets = {int(n): each for n, each in by_budget(arms).items() if n.isdigit()}
-    for name in dict.fromkeys(name for each in budgets.values() for name in each):
+    names = dict.fromkeys(name for each in budgets.values() for name in each if name != SAME)
+    for name in names:
         x = sorted(n for n in budgets if name in budgets[n])
         seeds = set.intersection(*({run.seed for run in budgets[n][name]} for n in x))
         runs = [[r for r in budgets[n][name] if r.seed in seeds] for n in x]

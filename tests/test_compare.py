@@ -478,14 +478,17 @@ def test_every_question_is_about_arms_that_a_protocol_runs(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for folder in ("data/cifar10", "data/tiny-imagenet-32"):
         Path(folder).mkdir(parents=True)
-    names = set()
-    for script, *flags in (command.split() for command in compare.FINAL.values()):
+    commands = compare.PROTOCOLS["cpu"][1] | compare.PROTOCOLS["controls"][1]
+    arms = {}
+    for name, (script, *flags) in ((name, each.split()) for name, each in commands.items()):
         arm = script.removesuffix(".py")
         told = {k: compare.say(v) for k, v in vars(ARMS[arm].parse_args(flags)).items()}
+        told = {k: v for k, v in told.items() if k not in compare.NO_SETTING}
         empty = np.empty(0)
-        names.add(compare.short_name(compare.Run(Path(), arm, "", 0, told, empty, empty, True)))
-    assert len(names) == len(compare.FINAL)
-    assert {name for _, *pair, _ in compare.QUESTIONS for name in pair} <= names
+        arms[name] = [compare.Run(Path(), arm, "", 0, told, empty, empty, True)]
+    names = compare.by_budget(arms)[compare.PRIMARY]
+    assert len(names) == len(commands)  # so none has the name of another
+    assert {name for _, *pair, _ in compare.QUESTIONS for name in pair} <= names.keys()
 
 
 # --- tables beside the log ---
@@ -738,6 +741,24 @@ def test_eight_settings_are_tried_for_each_arm_on_validation():
     for arm in [*compare.MAIN, "self-supervised"]:
         mine = {command for label, command in runs.items() if label.startswith(f"{arm}-")}
         assert len(mine) == 8 and all("--eval-on val" in command for command in mine)
+
+
+def test_joint_training_with_mamls_settings_is_a_control_of_its_own(tmp_path, capsys):
+    def ahead():
+        found = verdicts(capsys, tmp_path)
+        return {key[3]: row[0] for key, row in found.items() if key[4] == "equal steps"}
+
+    for seed in range(3):
+        for name, end, more in (
+            ("maml", 0.6, {"lr": 0.002, "inner_lr": 0.01, "inner_steps": 3}),
+            ("same", 0.5, {"lr": 0.002, "inner_lr": 0.0, "inner_steps": 1}),
+        ):
+            write_run(tmp_path, name, seed, [0.2, end], **more)
+    own, same = "joint, no inner loop", "joint with MAML's settings"
+    assert ahead() == {own: "+10.0 ± 0.0", same: "+10.0 ± 0.0"}  # there is no other
+    for seed in range(3):
+        write_run(tmp_path, "own", seed, [0.2, 0.7], lr=0.001, inner_lr=0.0, inner_steps=1)
+    assert ahead() == {own: "-10.0 ± 0.0", same: "+10.0 ± 0.0"}
 
 
 def test_the_control_without_an_inner_loop_is_called_that(tmp_path, capsys):
