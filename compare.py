@@ -138,6 +138,18 @@ PROTOCOLS = {  # name: (seeds, {directory: command})
         "joint": f"maml_ssl.py --pretext rotation --support query --inner-lr 0 {SHIFT}",
         "scratch": f"maml_ssl.py --inner-lr 0 --pretext-weight 0 {SHIFT}",
     }),
+    "round": (range(100, 103), {  # what might make MAML better, on validation; losers are deleted
+        name: f"{ARMS.get(name, 'maml_ssl.py')} {CIFAR10} --labels-per-class 500 --steps 400 {VAL}"
+        f" {CHOSEN.get(name, CHOSEN['maml'])} {flags}" for name, flags in {
+            "maml": "",
+            "nash": "--combine nash",
+            "learned": "--learn-inner-lr",
+            "last": "--inner-part last --inner-lr .03",
+            "masked": "--pretext masked_autoencoding",
+            "joint": "",
+            "scratch": "",
+        }.items()
+    }),
     "gpu": (range(3), {
         f"{arm}{name}": f"{ARMS[arm]} {GPU} {labels}" for arm in ARMS
         for name, labels in {"": "", "-100": "--labels-per-class 100"}.items()

@@ -167,6 +167,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretext", nargs="+", choices=pretext.TASKS, help=f"inner-loop tasks {default}")
     add("--inner-lr", type=number(0.0), default=0.01, help=f"alpha {is_}")
     add("--inner-steps", type=number(1), default=1, help=f"K {is_}")
+    add(
+        "--learn-inner-lr",
+        action="store_true",
+        help="one alpha for each tensor of theta and phi, trained by the outer gradient",
+    )
+    add(
+        "--inner-part",
+        choices=("all", "last"),
+        default="all",
+        help=f"of the encoder, that the inner loop moves; last: its last block {is_}",
+    )
+    add(
+        "--combine",
+        choices=("sum", "nash"),
+        default="sum",
+        help="of the tasks' outer gradients"
+        f" on theta: their sum or the Nash bargaining solution {is_}",
+    )
     add("--first-order", action="store_true", help="drop the second derivatives")
     add("--pretext-weight", type=number(0.0), default=0.1, help=f"beta {is_}")
     add("--inner", choices=("per-task", "joint"), default="per-task", help="one adaptation for each"
@@ -431,7 +449,38 @@ def gradient(loss: Callable, w: Parameters, keep_graph: bool = False):
     return w, value.detach(), dict(zip(w, grads, strict=True))
 
 
-def adapt(loss: Callable, w: Parameters, lr: float, steps: int, keep_graph: bool = False):
+def inner_rates(model: Model, w: Parameters, args) -> Parameters:
+    """alpha of every tensor of w: --inner-lr, with --learn-inner-lr times a learned factor."""
+    rates = dict.fromkeys(w, torch.tensor(args.inner_lr, device=args.device))
+    if args.inner_part == "last":
+        early = tuple(f"encoder.layers.{i}." for i in range(10))
+        rates |= {name: 0 * rates[name] for name in w if name.startswith(early)}
+    if args.learn_inner_lr:
+        rates = {n: r * model.log_rates[n.replace(".", "/")].exp() for n, r in rates.items()}
+    return {name: rate.detach() for name, rate in rates.items()}
+
+
+def nash(gradients: torch.Tensor) -> torch.Tensor:
+    """The Nash bargaining direction of gradients [T, n]: sum_t a_t g_t, with G G^T a = 1 / a.
+
+    Navon et al. 2022 (arXiv 2202.01017, claim 3.1). a minimises the convex a^T G G^T a / 2 -
+    sum log a: damped Newton steps on normalised gradients, in float64.
+    """
+    norms = gradients.double().norm(dim=1).clamp(min=1e-30)
+    unit = gradients.double() / norms[:, None]
+    gram = unit @ unit.T + 1e-9 * torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+    a = torch.ones_like(norms)
+    for _ in range(200):
+        slope = gram @ a - 1 / a
+        step = torch.linalg.solve(gram + torch.diag(a**-2), slope)
+        decrement = (slope @ step).clamp(min=0).sqrt()
+        a = a - step / (1 + decrement)
+        if decrement < 1e-12:
+            break
+    return (a @ unit).to(gradients.dtype)
+
+
+def adapt(loss: Callable, w: Parameters, lr: Parameters, steps: int, keep_graph: bool = False):
     """The inner loop: w_{k+1} = w_k - alpha grad L(w_k), k = 0 ... K-1 (1703.03400, section 2.2).
 
     Returns w_K and the path [(w_k, L(w_k), grad L(w_k))]; keep_graph: that of the last step alone,
@@ -440,7 +489,7 @@ def adapt(loss: Callable, w: Parameters, lr: float, steps: int, keep_graph: bool
     path = []
     for k in range(steps):
         path.append(gradient(loss, w, keep_graph and k == steps - 1))
-        w = {name: p.detach() - lr * path[k][2][name].detach() for name, p in w.items()}
+        w = {name: p.detach() - lr[name] * path[k][2][name].detach() for name, p in w.items()}
     return w, path
 
 
@@ -449,7 +498,7 @@ def meta_gradient(
     inner_loss: Callable,
     w: Parameters,
     psi: Parameters,
-    lr: float,
+    lr: Parameters,
     steps: int,
     second_order: bool = True,
 ):
@@ -461,14 +510,19 @@ def meta_gradient(
     """
     w_last, path = adapt(inner_loss, w, lr, steps, keep_graph=second_order)
     _, value, v = gradient(outer_loss, {**w_last, **psi})  # zero for a pretext head, so far
+    slopes = dict.fromkeys(w, 0.0)
     for k in reversed(range(steps if second_order else 0)):
         w_k, losses, g = path[k] if k == steps - 1 else gradient(inner_loss, path[k][0], True)
+        slopes = {n: s - lr[n] * (v[n] * g[n].detach()).sum() for n, s in slopes.items()}
         hv = torch.autograd.grad(
-            list(g.values()), list(w_k.values()), [v[name] for name in w_k], materialize_grads=True
+            list(g.values()),
+            list(w_k.values()),
+            [lr[name] * v[name] for name in w_k],
+            materialize_grads=True,
         )
-        v |= {name: v[name] - lr * hv_k for name, hv_k in zip(w_k, hv, strict=True)}
+        v |= {name: v[name] - hv_k for name, hv_k in zip(w_k, hv, strict=True)}
         path[k] = w_k, losses, {name: x.detach() for name, x in g.items()}  # drops the graph
-    return value, v, path
+    return value, v, path, slopes
 
 
 def pretext_loss(model: Model, tasks: dict, batches: dict) -> Callable[[Parameters], torch.Tensor]:
@@ -493,7 +547,8 @@ def outer_gradient(model: Model, tasks: dict, adaptations: list, args) -> dict:
     labels) with the tasks' (inputs, targets) by name and this adaptation's share of a query of
     args.batch_size images. The batches of a task serve all K inner steps. No tasks: supervised.
     """
-    losses = {"target": 0.0}
+    losses, on_theta = {"target": 0.0}, []
+    theta = parameters(model, "encoder")
     psi = parameters(model, "heads.target")
     for batches, images, labels in adaptations:
         w = parameters(model, "encoder", *(f"heads.{t}" for t in batches))
@@ -501,8 +556,9 @@ def outer_gradient(model: Model, tasks: dict, adaptations: list, args) -> dict:
         outer_loss = partial(query_loss, model, images, labels)
         steps = args.inner_steps if batches else 0
         second_order = args.inner_lr > 0 and not args.first_order
-        value, v, path = meta_gradient(
-            outer_loss, inner_loss, w, psi, args.inner_lr, steps, second_order
+        lr = inner_rates(model, w, args)
+        value, v, path, slopes = meta_gradient(
+            outer_loss, inner_loss, w, psi, lr, steps, second_order
         )
         share = len(labels) / args.batch_size  # B_t / B
         losses["target"] += share * value
@@ -514,6 +570,15 @@ def outer_gradient(model: Model, tasks: dict, adaptations: list, args) -> dict:
         for name, g in total.items():
             p = model.get_parameter(name)
             p.grad = g if p.grad is None else p.grad + g
+        if args.learn_inner_lr:
+            for name, slope in slopes.items():
+                model.log_rates[name.replace(".", "/")].grad += share * slope
+        on_theta.append(torch.cat([total[name].flatten() for name in theta]))
+    if args.combine == "nash":
+        vector = nash(torch.stack(on_theta))
+        parts = vector.split([p.numel() for p in theta.values()])
+        for p, part in zip(theta.values(), parts, strict=True):
+            p.grad = part.view_as(p).clone()
     return losses
 
 
@@ -554,7 +619,7 @@ def predict_adapted(
             batches = {t: tasks[t].make_batch(x / 255, index, draws[t]) for t in tasks}
             w = parameters(model, "encoder", *(f"heads.{t}" for t in tasks))
             loss = pretext_loss(model, tasks, batches)
-            w, _ = adapt(loss, w, args.inner_lr, args.inner_steps)
+            w, _ = adapt(loss, w, inner_rates(model, w, args), args.inner_steps)
             votes.append(predict(partial(functional_call, model, w), part))
         means.append(torch.stack(votes).mean(0))
     return torch.cat(means)
@@ -588,7 +653,7 @@ def transfer(model: Model, tasks: dict, support: tuple, query: tuple, args) -> l
         draw = rng(args.seed, f"evaluation {name}", 0, args.device)
         loss = pretext_loss(model, tasks, {name: task.make_batch(*support, draw)})
         w = parameters(model, "encoder", f"heads.{name}")
-        w, path = adapt(loss, w, args.inner_lr, args.inner_steps)
+        w, path = adapt(loss, w, inner_rates(model, w, args), args.inner_steps)
         with torch.no_grad():
             after = desired({**w, **psi})
         both = [torch.cat([x[n].flatten() for n in theta]) for x in (path[0][2], g)]
@@ -902,6 +967,12 @@ def main(argv: list[str] | None = None) -> None:
     classes = int(data.labels.max()) + 1
     heads = {"target": partial(classifier, classes)} | {t: tasks[t].make_head for t in tasks}
     model = make_model(args, heads)
+    if args.learn_inner_lr:
+        moved = parameters(model, "encoder", *(f"heads.{t}" for t in tasks))
+        zeros = {
+            n.replace(".", "/"): nn.Parameter(torch.zeros((), device=args.device)) for n in moved
+        }
+        model.log_rates = nn.ParameterDict(zeros)
     # With alpha = 0 no task moves theta: one group will do, and the query goes forward at once.
     alone = [{name: task} for name, task in tasks.items()] or [{}] * RANKS
     one = args.inner == "joint" if args.inner_lr else RANKS == 1
