@@ -547,6 +547,15 @@ def test_transfer_is_drawn_for_each_task_over_the_seeds(tmp_path, capsys):
     assert [len(curves) for _, _, curves in panels] == [2, 1, 1, 1]
 
 
+def test_an_arm_keeps_its_colour_in_panels_that_others_are_missing_from(tmp_path, monkeypatch):
+    curve, drawn = ([1, 2], [[0.1, 0.2]]), []
+    panels = [("a", "y", {"one": curve, "two": curve}), ("b", "y", {"two": curve})]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    compare.draw_panels(panels, 2, "x", tmp_path / "panels.png")
+    (one, two, *_), (again, *_) = (ax.lines for ax in drawn[0].axes)
+    assert one.get_color() != two.get_color() == again.get_color()
+
+
 def test_label_budgets_are_drawn_from_the_seeds_that_all_have(tmp_path, capsys):
     for n in (100, 500):
         for seed in range(3 if n == 100 else 2):
