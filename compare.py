@@ -470,10 +470,8 @@ def by_budget(arms: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
             budget.setdefault(short_name(runs[0]), []).append(runs)
     off = {"inner_lr": "0.0", "inner_steps": "1"}
     for each in found.values():  # set apart joint training that lacks MAML's inner loop alone
-        without, joint = (
-            [runs[0].settings | off for runs in each.get(MAML, [])],
-            each.get(JOINT, []),
-        )
+        joint = each.get(JOINT, [])
+        without = [runs[0].settings | off for runs in each.get(MAML, [])]
         each[SAME] = [runs for runs in joint if runs[0].settings in without]
         each[JOINT] = [runs for runs in joint if runs[0].settings not in without] or joint
     return {n: {k: g[0] for k, g in each.items() if len(g) == 1} for n, each in found.items()}
