@@ -636,6 +636,8 @@ def draw_panels(panels: list[tuple[str, str, dict]], wide: int, x_label: str, fi
             (lines[label],) = ax.plot(x, mean, markevery=max(1, len(x) // 6), **looks[label])
             band = {"color": lines[label].get_color(), "alpha": 0.15, "lw": 0}
             ax.fill_between(x, mean - half, mean + half, **band)
+            if len(x) == 1:  # too narrow for a band
+                ax.errorbar(x, mean, half, color=band["color"], elinewidth=0.8)
         if min(ax.get_ylim()) < 0 < max(ax.get_ylim()):
             ax.axhline(0, color="0.5", lw=0.6)
     for ax in grid.flat[len(panels) :]:
