@@ -115,6 +115,8 @@ FINAL = {arm: f"{ARMS[arm]} {LABELS[PRIMARY]} {CHOSEN[arm]}" for arm in ARMS}
 SHIFT = f"{CIFAR10} --labels-per-class 500 --steps 1000 --eval-every 500 --shift 1000"
 GPU = "--dataset cifar10 --source cifar100 --steps 5000 --width 64 --eval-every 250"
 TASKS = PRETEXT.split()
+ABLATION = f"maml_ssl.py {CIFAR10} --labels-per-class {PRIMARY} --steps 600 --eval-every 200"
+ABLATION += f" {CHOSEN['maml']}"
 PROTOCOLS = {  # name: (seeds, {directory: command})
     "quick": (range(3), {arm: f"{ARMS[arm]} --steps 100 --eval-every 20" for arm in MAIN}),
     "tune": (range(100, 101), {
@@ -131,10 +133,17 @@ PROTOCOLS = {  # name: (seeds, {directory: command})
         for n in BUDGETS if n != PRIMARY for arm in ("maml", "fine-tuned", "probed", "scratch")
     }),
     "tasks": (range(3), {
-        f"{which}-{task}": f"maml_ssl.py {CIFAR10} --labels-per-class 500 --steps 600"
-        f" --eval-every 200 {CHOSEN['maml']} --pretext {' '.join(tasks)}"
-        for task in TASKS for which, tasks in
-        {"only": [task], "without": [t for t in TASKS if t != task]}.items()
+        "all": ABLATION,
+        "none": f"{ABLATION} --inner-lr 0 --pretext-weight 0",
+        **{f"only-{task}": f"{ABLATION} --pretext {task}" for task in TASKS},
+        **{f"without-{task}": f"{ABLATION} --pretext {' '.join(t for t in TASKS if t != task)}"
+           for task in TASKS},
+    }),
+    "inner": (range(3), {  # against "all" of the protocol tasks: does a stronger inner loop help?
+        "rate-0.03": f"{ABLATION} --inner-lr 0.03",
+        "rate-0.1": f"{ABLATION} --inner-lr 0.1",
+        "steps-3": f"{ABLATION} --inner-steps 3",
+        "one-adaptation": f"{ABLATION} --inner joint",
     }),
     "shift": (range(5), {
         "maml": f"maml_ssl.py --pretext rotation --support query --inner-lr 0.03 {SHIFT}",
