@@ -139,7 +139,7 @@ PROTOCOLS = {  # name: (seeds, {directory: command})
         **{f"without-{task}": f"{ABLATION} --pretext {' '.join(t for t in TASKS if t != task)}"
            for task in TASKS},
     }),
-    "inner": (range(3), {  # against "all" of the protocol tasks: does a stronger inner loop help?
+    "inner": (range(3), {  # against tasks' "all": a stronger inner loop? asked after cpu was seen
         "rate-0.03": f"{ABLATION} --inner-lr 0.03",
         "rate-0.1": f"{ABLATION} --inner-lr 0.1",
         "steps-3": f"{ABLATION} --inner-steps 3",

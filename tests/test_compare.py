@@ -492,6 +492,16 @@ def test_every_question_is_about_arms_that_a_protocol_runs(tmp_path, monkeypatch
 
 
 # --- tables beside the log ---
+def test_a_curve_of_one_point_shows_its_interval(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    curves = {"line": ([0, 1], [[50, 51], [52, 53]]), "point": ([0], [[50], [52]])}
+    compare.draw_panels([("", "accuracy (%)", curves)], 1, "steps", tmp_path / "figure.png")
+    (bar,) = drawn[0].axes[0].containers
+    ((_, low), (_, high)) = bar[2][0].get_segments()[0]
+    assert (high - low) / 2 == pytest.approx(12.706, rel=1e-3)  # t(0.975, 1 degree) * 1
+
+
 def write_shift(root, name, seed, accuracies, **arguments):
     """shift.csv of one level a family; accuracies: family -> {steps: accuracy}."""
     folder = write_run(root, name, seed, [0.2, 0.4], support="query", **arguments).parent
