@@ -126,6 +126,7 @@ def test_the_table_has_the_crossing_computed_by_hand(tmp_path, capsys):
         "arm": "MAML",
         "seed(s)": "1",
         "final accuracy (%)": "90.0",
+        "difference": "40.0",
         "there": "1 of 1",
         "step": "32",
         "FLOPs": "3.25e+04",
@@ -143,6 +144,7 @@ def test_each_seed_is_paired_with_the_baseline_of_its_own_seed(tmp_path, capsys)
     assert (row["there"], row["step"]) == ("3 of 3", "50 ± 50")
     assert row["step ratio"] == row["FLOP ratio"] == "0.50 ± 0.50"
     assert row["final accuracy (%)"] == "90.0 ± 0.0"
+    assert row["difference"] == "40.0 ± 49.7"  # paired: 60, 40, 20
 
 
 def test_an_unpaired_seed_is_not_counted(tmp_path, capsys):
@@ -152,10 +154,9 @@ def test_an_unpaired_seed_is_not_counted(tmp_path, capsys):
     write_run(tmp_path, "probe", 5, [0.2, 0.6], "linear_probe", 50)
     table = table_of(capsys, tmp_path)
     assert (table["MAML"]["seed(s)"], table["MAML"]["there"]) == ("2", "1 of 1")
-    assert (table["supervised, probed"]["there"], table["supervised, probed"]["step"]) == (
-        "0 of 0",
-        "-",
-    )
+    assert table["MAML"]["difference"] == "10.0"
+    probed = [table["supervised, probed"][c] for c in ("difference", "there", "step")]
+    assert probed == ["-", "0 of 0", "-"]
 
 
 def test_an_arm_that_never_gets_there_shows_no_number(tmp_path, capsys):
