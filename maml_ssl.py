@@ -669,7 +669,7 @@ COLUMNS = ["phase", "step", *COUNTS, "train_loss", "accuracy", "accuracy_adapted
 @torch.no_grad()
 def predict(forward: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """[N, 3, H, W] uint8 -> class probabilities [N, classes]."""
-    return torch.cat([forward(part / 255).softmax(1) for part in images.split(500)])
+    return torch.cat([forward(part / 255).softmax(1) for part in images.split(100)])
 
 
 def accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
