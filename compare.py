@@ -796,14 +796,14 @@ def main(argv: list[str]) -> int:
         arms = group_runs(read_runs(args.folders))
         text = report(arms, find_baseline(arms, args.baseline))
         text = "\n".join(filter(None, [text, verdict(by_budget(arms)), shift_verdict(arms)]))
-        print(text)
+        args.figure.parent.mkdir(parents=True, exist_ok=True)
+        args.figure.with_suffix(".md").write_text(text, encoding="utf-8")
+        print(text, flush=True)
         with rc_context(STYLE):
-            args.figure.parent.mkdir(parents=True, exist_ok=True)
             if args.x in PANELS:
                 draw_panels(*PANELS[args.x](arms), args.figure)
             else:
                 draw(arms, list(AXES) if args.x == "all" else [args.x], args.figure)
-        args.figure.with_suffix(".md").write_text(text, encoding="utf-8")
         print(f"figure: {args.figure} and .pdf; table: {args.figure.with_suffix('.md')}")
     except OSError as error:
         fail(f"{error}; give a path that works")
