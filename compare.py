@@ -268,6 +268,11 @@ def short_name(run: Run) -> str:
     return name + " (transductive)" * (told("support") == "query")
 
 
+def label_budget(run: Run) -> str:
+    """Labels per class of the desired task; "None": all."""
+    return run.settings.get("labels_per_class", "None")
+
+
 def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     """Gather the runs of each configuration, in the order of seeds, under its label.
 
@@ -350,17 +355,18 @@ def reach(run: Run, base: Run) -> list[float]:
 
 
 # --- table ---
-def find_baseline(arms: dict[str, list[Run]], name: str) -> str | None:
-    """The label of the one arm whose label begins with `name`, or whose directory has that name.
+def find_baseline(arms: dict[str, list[Run]], name: str) -> list[str]:
+    """The label of the arm, one for each label budget, that `name` begins or whose directory it is.
 
-    Fails where that is not one arm; None if `name` is the default.
+    Fails where a budget has none or several; [] if `name` is the default.
     """
     names = {label: {run.folder.parent.name for run in runs} for label, runs in arms.items()}
     found = [label for label in arms if label.startswith(name) or name in names[label]]
-    if len(found) != 1 and name != FINE_TUNED:
+    single = len({label_budget(arms[label][0]) for label in found}) == len(found) > 0
+    if not single and name != FINE_TUNED:
         there = ", ".join(sorted(set.union(*names.values())))
         fail(f"--baseline {name!r} names {len(found)} arms, not one; there are {there}")
-    return found[0] if len(found) == 1 else None
+    return found if single else []
 
 
 def plus_minus(values: np.ndarray, form: str) -> str:
@@ -369,9 +375,10 @@ def plus_minus(values: np.ndarray, form: str) -> str:
     return f"{mean:{form}}" + ("" if np.isnan(half) else f" ± {half:{form}}")
 
 
-def table_row(label: str, seeds: object, runs: list[Run], bases: dict[int, Run]) -> list[str]:
-    """What `runs`, of one or more seeds, reach; `bases`: seed -> the baseline's run."""
-    pairs = [(run, bases[run.seed]) for run in runs if run.seed in bases]
+def table_row(label: str, seeds: object, runs: list[Run], bases: dict[tuple, Run]) -> list[str]:
+    """What `runs`, of one or more seeds, reach; `bases`: (seed, label budget) -> baseline."""
+    paired = [(run, bases.get((run.seed, label_budget(run)))) for run in runs]
+    pairs = [pair for pair in paired if pair[1]]
     final = plus_minus([100 * run.log["accuracy"][-1] for run in runs], ".1f")
     ahead = [measure(*pair, "end")[0] for pair in pairs]
     found = np.array([reach(*pair) for pair in pairs]).reshape(-1, 4)
@@ -391,16 +398,19 @@ def markdown(*rows: list[str]) -> str:
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
-def report(arms: dict[str, list[Run]], baseline: str | None) -> str:
+def report(arms: dict[str, list[Run]], baseline: list[str]) -> str:
     """A table over seeds, what a reader must know to judge it, and the same seed by seed."""
-    bases = {run.seed: run for run in arms[baseline]} if baseline else {}
+    bases = {(run.seed, label_budget(run)): run for label in baseline for run in arms[label]}
+    named = "".join(baseline) or "no single arm, so no steps; --baseline names one"
+    if len(baseline) > 1:
+        named = f"{short_name(arms[baseline[0]][0])}, of the same label budget"
     head = ["arm", "seed(s)", "final accuracy (%)", "difference", "there", "step", "FLOPs",
             "step ratio", "FLOP ratio"]  # fmt: skip
     data = next(iter(arms.values()))[0].data
     over = [table_row(label, len(runs), runs, bases) for label, runs in arms.items()]
     each = [table_row(label, r.seed, [r], bases) for label, runs in arms.items() for r in runs]
     note = f"""{data}. accuracy: nothing adapted; mean ± half width of the 95%
-t interval over seeds. Baseline: {baseline or "no single arm, so no steps; --baseline names one"}.
+t interval over seeds. Baseline: {named}.
 difference: points above the baseline of the same seed at the end.
 there: paired seeds that reach for good what the baseline of the same seed ended with. step, FLOPs:
 where, pretraining included. ratio: to that baseline's whole budget. censored: not all seeds get
@@ -480,7 +490,7 @@ def by_budget(arms: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
     found: dict[str, dict[str, list]] = {}
     for runs in arms.values():
         if runs[0].finished:
-            budget = found.setdefault(runs[0].settings.get("labels_per_class", "None"), {})
+            budget = found.setdefault(label_budget(runs[0]), {})
             budget.setdefault(short_name(runs[0]), []).append(runs)
     off = {"inner_lr": "0.0", "inner_steps": "1"}
     for each in found.values():  # set apart joint training that lacks MAML's inner loop alone
@@ -632,12 +642,17 @@ def draw(arms: dict[str, list[Run]], columns: list[str], figure: Path) -> None:
         canvas.savefig(figure.with_suffix(suffix), dpi=300, bbox_inches="tight")
 
 
-def draw_panels(panels: list[tuple[str, str, dict]], wide: int, x_label: str, figure: Path) -> None:
-    """Draw small panels, `wide` to a row: (title, what is upwards, label -> (x, y [seeds, x]))."""
+def draw_panels(
+    figure: Path, panels: list[tuple[str, str, dict]], wide: int, x_label: str, ticks: tuple = ()
+) -> None:
+    """Draw small panels, `wide` to a row: (title, what is upwards, label -> (x, y [seeds, x])).
+
+    With `ticks` the axis across is logarithmic and shows these.
+    """
     if not panels:
         fail("none of these runs has what --x asks for")
     high = math.ceil(len(panels) / wide)
-    canvas = Figure(figsize=(max(3.4, 1.75 * wide), 1.7 * high + 0.6))
+    canvas = Figure(figsize=(max(3.4, 1.75 * wide), 1.7 * high + 0.6), layout="constrained")
     grid = canvas.subplots(high, wide, squeeze=False, sharex=True, sharey="row")
     names = dict.fromkeys(label for _, _, curves in panels for label in curves)
     looks, lines = dict(zip(names, rcParams["axes.prop_cycle"](), strict=False)), {}
@@ -652,12 +667,15 @@ def draw_panels(panels: list[tuple[str, str, dict]], wide: int, x_label: str, fi
             ax.fill_between(x, mean - half, mean + half, **band)
             if len(x) == 1:  # too narrow for a band
                 ax.errorbar(x, mean, half, color=band["color"], elinewidth=0.8)
+        if ticks:
+            ax.set_xscale("log")
+            ax.set_xticks(ticks, ticks)
+            ax.minorticks_off()
         if min(ax.get_ylim()) < 0 < max(ax.get_ylim()):
             ax.axhline(0, color="0.5", lw=0.6)
     for ax in grid.flat[len(panels) :]:
         ax.set_axis_off()
     canvas.supxlabel(x_label, size=8)
-    canvas.tight_layout()
     where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "frameon": False}
     canvas.legend([*lines.values()], [*lines], ncols=2, fontsize=7, **where)
     for suffix in (".png", ".pdf"):
@@ -707,18 +725,21 @@ def panels_of_shift(arms: dict[str, list[Run]]) -> tuple[list, int, str]:
     return named, 4, "steps of adaptation on each unlabelled test batch (transductive)"
 
 
-def panels_of_labels(arms: dict[str, list[Run]]) -> tuple[list, int, str]:
-    """Final accuracy against labels per class."""
+def panels_of_labels(arms: dict[str, list[Run]]) -> tuple[list, int, str, tuple]:
+    """Final accuracy against labels per class; an arm at one budget is shown only if all are."""
     curves: dict[str, tuple] = {}
     budgets = {int(n): each for n, each in by_budget(arms).items() if n.isdigit()}
     names = dict.fromkeys(name for each in budgets.values() for name in each if name != SAME)
-    for name in names:
-        x = sorted(n for n in budgets if name in budgets[n])
+    of = {name: sorted(n for n in budgets if name in budgets[n]) for name in names}
+    for name, x in of.items():
+        if len(x) == 1 < max(map(len, of.values())):
+            continue
         seeds = set.intersection(*({run.seed for run in budgets[n][name]} for n in x))
         runs = [[r for r in budgets[n][name] if r.seed in seeds] for n in x]
         y = [[100 * run.log["accuracy"][-1] for run in each] for each in runs]
         curves[name] = x, np.array(y).T
-    return [("", "final test accuracy (%)", curves)] if curves else [], 1, "labels per class"
+    panel = ("", "final test accuracy (%)", curves)
+    return [panel] if curves else [], 1, "labels per class", tuple(sorted(budgets))
 
 
 PANELS = {"labels": panels_of_labels, "transfer": panels_of_transfer, "shift": panels_of_shift}
@@ -801,7 +822,7 @@ def main(argv: list[str]) -> int:
         print(text, flush=True)
         with rc_context(STYLE):
             if args.x in PANELS:
-                draw_panels(*PANELS[args.x](arms), args.figure)
+                draw_panels(args.figure, *PANELS[args.x](arms))
             else:
                 draw(arms, list(AXES) if args.x == "all" else [args.x], args.figure)
         print(f"figure: {args.figure} and .pdf; table: {args.figure.with_suffix('.md')}")

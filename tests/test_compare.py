@@ -147,6 +147,17 @@ def test_each_seed_is_paired_with_the_baseline_of_its_own_seed(tmp_path, capsys)
     assert row["difference"] == "40.0 ± 49.7"  # paired: 60, 40, 20
 
 
+def test_each_label_budget_has_its_own_baseline(tmp_path, capsys):
+    for n, end in ((100, 0.5), (500, 0.7)):
+        write_run(tmp_path, f"ft{n}", 0, [0.2, end], "pretrain_finetune", 50, labels_per_class=n)
+        write_run(tmp_path, f"maml{n}", 0, [0.2, 0.8], labels_per_class=n)
+    table = table_of(capsys, tmp_path)
+    ahead = [table[f"MAML, labels per class {n}"]["difference"] for n in (100, 500)]
+    assert ahead == ["30.0", "10.0"]
+    row = table_of(capsys, tmp_path, "--baseline", "ft100")["MAML, labels per class 500"]
+    assert (row["difference"], row["there"]) == ("-", "0 of 0")
+
+
 def test_an_unpaired_seed_is_not_counted(tmp_path, capsys):
     write_baseline(tmp_path, 1)
     for seed in (0, 7):
@@ -497,7 +508,7 @@ def test_a_curve_of_one_point_shows_its_interval(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(compare.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     curves = {"line": ([0, 1], [[50, 51], [52, 53]]), "point": ([0], [[50], [52]])}
-    compare.draw_panels([("", "accuracy (%)", curves)], 1, "steps", tmp_path / "figure.png")
+    compare.draw_panels(tmp_path / "figure.png", [("", "accuracy (%)", curves)], 1, "steps")
     (bar,) = drawn[0].axes[0].containers
     ((_, low), (_, high)) = bar[2][0].get_segments()[0]
     assert (high - low) / 2 == pytest.approx(12.706, rel=1e-3)  # t(0.975, 1 degree) * 1
@@ -562,17 +573,21 @@ def test_an_arm_keeps_its_colour_in_panels_that_others_are_missing_from(tmp_path
     curve, drawn = ([1, 2], [[0.1, 0.2]]), []
     panels = [("a", "y", {"one": curve, "two": curve}), ("b", "y", {"two": curve})]
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    compare.draw_panels(panels, 2, "x", tmp_path / "panels.png")
+    compare.draw_panels(tmp_path / "panels.png", panels, 2, "x")
     (one, two, *_), (again, *_) = (ax.lines for ax in drawn[0].axes)
     assert one.get_color() != two.get_color() == again.get_color()
 
 
 def test_label_budgets_are_drawn_from_the_seeds_that_all_have(tmp_path, capsys):
+    write_run(
+        tmp_path, "scratch", 0, [0.2, 0.5], inner_lr=0, pretext_weight=0, labels_per_class=500
+    )
     for n in (100, 500):
         for seed in range(3 if n == 100 else 2):
             write_run(tmp_path, f"m{n}", seed, [0.2, n / 1000 + seed / 100], labels_per_class=n)
     arms = compare.group_runs(compare.read_runs([tmp_path]))
-    ((_, _, curves),), _, _ = compare.panels_of_labels(arms)
+    ((_, _, curves),), _, _, ticks = compare.panels_of_labels(arms)
+    assert [*curves] == ["MAML"] and ticks == (100, 500)  # from-scratch has one budget: no curve
     x, y = curves["MAML"]
     assert x == [100, 500] and y == pytest.approx(np.array([[10, 50], [11, 51]]))
     figure = tmp_path / "labels.png"
