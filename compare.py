@@ -726,18 +726,22 @@ def panels_of_shift(arms: dict[str, list[Run]]) -> tuple[list, int, str]:
 
 
 def panels_of_labels(arms: dict[str, list[Run]]) -> tuple[list, int, str, tuple]:
-    """Final accuracy against labels per class; an arm at one budget is shown only if all are."""
-    curves: dict[str, tuple] = {}
+    """Final accuracy against labels per class, of the seeds that all arms have at all budgets.
+
+    An arm with one budget is left out where others have more.
+    """
     budgets = {int(n): each for n, each in by_budget(arms).items() if n.isdigit()}
     names = dict.fromkeys(name for each in budgets.values() for name in each if name != SAME)
     of = {name: sorted(n for n in budgets if name in budgets[n]) for name in names}
-    for name, x in of.items():
-        if len(x) == 1 < max(map(len, of.values())):
-            continue
-        seeds = set.intersection(*({run.seed for run in budgets[n][name]} for n in x))
-        runs = [[r for r in budgets[n][name] if r.seed in seeds] for n in x]
-        y = [[100 * run.log["accuracy"][-1] for run in each] for each in runs]
-        curves[name] = x, np.array(y).T
+    most = max(map(len, of.values()), default=0)
+    shown = {name: x for name, x in of.items() if len(x) > 1 or most == 1}
+    runs = {name: [budgets[n][name] for n in x] for name, x in shown.items()}
+    seeds = [{run.seed for run in each} for them in runs.values() for each in them]
+    paired = set.intersection(*seeds) if seeds else ()
+    curves = {}
+    for name, x in shown.items() if paired else ():
+        ends = [[r.log["accuracy"][-1] for r in each if r.seed in paired] for each in runs[name]]
+        curves[name] = x, 100 * np.array(ends).T
     panel = ("", "final test accuracy (%)", curves)
     return [panel] if curves else [], 1, "labels per class", tuple(sorted(budgets))
 

@@ -590,6 +590,11 @@ def test_label_budgets_are_drawn_from_the_seeds_that_all_have(tmp_path, capsys):
     assert [*curves] == ["MAML"] and ticks == (100, 500)  # from-scratch has one budget: no curve
     x, y = curves["MAML"]
     assert x == [100, 500] and y == pytest.approx(np.array([[10, 50], [11, 51]]))
+    for n in (100, 500):  # a seed may be harder than another: only those of all arms are drawn
+        write_run(tmp_path, f"ft{n}", 1, [0.2, 0.4], "pretrain_finetune", 50, labels_per_class=n)
+    arms = compare.group_runs(compare.read_runs([tmp_path]))
+    ((_, _, curves),), *_ = compare.panels_of_labels(arms)
+    assert curves["MAML"][1] == pytest.approx(np.array([[11, 51]])) and len(curves) == 2
     figure = tmp_path / "labels.png"
     assert compare.main([str(tmp_path), "--x", "labels", "--figure", str(figure)]) == 0
     assert figure.stat().st_size > 5_000
