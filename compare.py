@@ -358,7 +358,7 @@ def reach(run: Run, base: Run) -> list[float]:
 def find_baseline(arms: dict[str, list[Run]], name: str) -> list[str]:
     """The label of the arm, one for each label budget, that `name` begins or whose directory it is.
 
-    Fails where a budget has none or several; [] if `name` is the default.
+    Fails where a budget has several, or none has one; [] if `name` is the default.
     """
     names = {label: {run.folder.parent.name for run in runs} for label, runs in arms.items()}
     found = [label for label in arms if label.startswith(name) or name in names[label]]
@@ -823,12 +823,12 @@ def main(argv: list[str]) -> int:
         text = "\n".join(filter(None, [text, verdict(by_budget(arms)), shift_verdict(arms)]))
         args.figure.parent.mkdir(parents=True, exist_ok=True)
         args.figure.with_suffix(".md").write_text(text, encoding="utf-8")
-        print(text, flush=True)
         with rc_context(STYLE):
             if args.x in PANELS:
                 draw_panels(args.figure, *PANELS[args.x](arms))
             else:
                 draw(arms, list(AXES) if args.x == "all" else [args.x], args.figure)
+        print(text)  # last: a closed pipe loses no file
         print(f"figure: {args.figure} and .pdf; table: {args.figure.with_suffix('.md')}")
     except OSError as error:
         fail(f"{error}; give a path that works")

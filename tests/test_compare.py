@@ -614,6 +614,20 @@ def test_figure_and_table_are_written(tmp_path, capsys, x):
     assert "1 of 1" in figure.with_suffix(".md").read_text()
 
 
+def test_a_closed_pipe_loses_no_file(tmp_path, monkeypatch, capsys):
+    def closed(*_, file=None, **__):
+        if file is None:
+            raise BrokenPipeError
+
+    write_run(tmp_path, "maml", 0, [0.2, 0.6])
+    monkeypatch.setattr(compare, "print", closed, raising=False)
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path), "--figure", str(tmp_path / "steps.png")])
+    assert {file.name for file in tmp_path.glob("steps.*")} == {
+        f"steps.{kind}" for kind in ("md", "pdf", "png")
+    }
+
+
 def draw_axis(root, column):
     ax = Figure().subplots()
     return ax, compare.draw_axis(ax, compare.group_runs(compare.read_runs([root])), column)
