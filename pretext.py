@@ -1,25 +1,35 @@
-"""Six pretext tasks, which make labels out of images alone, and the embedded dataset.
+"""The data that every arm sees, and the pretext tasks made from it: all that the arms share.
 
     python pretext.py [IMAGE ...] [--out pretext.png]    # draws what each task shows and asks
 
-A new task is a class with the four methods of `PretextTask` and one line in TASKS. Each image of a
-batch gets random parameters of its own, all from the generator handed in. Nothing here makes a GPU
-wait for the host once a task is constructed. N: images of a batch, M: training images, H: side.
+A pretext task makes labels out of images alone. A new one is a class with the four methods of
+`PretextTask` and a line in TASKS. Whatever is drawn comes from a generator handed in, for each
+image of a batch by itself; once a task is made, nothing in it makes a GPU wait for the host.
+N: images of a batch, M: training images, H: their side in pixels.
 """
 
 import argparse
+import hashlib
 import math
+import os
 import sys
 import textwrap
-from typing import Protocol
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
 from torch import Generator, Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from tqdm import tqdm
 
 
+# --- the pretext tasks ---
 class PretextTask(Protocol):
     """What the arms call. `answers` and `picture` serve the figure and may be missing."""
 
@@ -328,6 +338,278 @@ TASKS: dict[str, type] = {
 }
 DEFAULT_TASKS = ("rotation", "colorization", "masked_autoencoding", "contrastive")
 
+
+# --- the data ---
+DATASETS = {  # name: (torchvision's class or None, default source)
+    "shapes": (None, "shapes"),
+    "coloured_shapes": (None, "shapes"),
+    "cifar10": (torchvision.datasets.CIFAR10, "cifar100"),
+    "cifar100": (torchvision.datasets.CIFAR100, "cifar10"),
+    "mnist": (torchvision.datasets.MNIST, "fashion_mnist"),
+    "fashion_mnist": (torchvision.datasets.FashionMNIST, "mnist"),
+}
+
+
+class Data(NamedTuple):
+    """A dataset on the device. Images are uint8 [M, 3, H, H], labels and environments int64 [M].
+
+    An environment is a part of the data with a distribution of its own: a camera, a hospital, a
+    writer. Most datasets have one. Training images have environments 0 ... E-1, test images may
+    have more. `unlabelled` holds what `limit_labels` sets aside to adapt to.
+    """
+
+    images: Tensor
+    labels: Tensor
+    environments: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    test_environments: Tensor
+    flip: bool  # does a mirrored image keep its label?
+    unlabelled: tuple = ()
+
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+
+def rng(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> Generator:
+    """The generator of one purpose at one step: no draw shifts another, none needs to be saved."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def decode(path: str, side: int) -> Tensor:
+    """The central square of an image file, upright, scaled: uint8 [3, side, side]."""
+    try:
+        image = Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"))
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, whose range nobody knows")
+        if image.mode[0] == "I":  # 16-bit gray, which convert() would clip at 255
+            image = image.point(lambda value: value / 257)
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        return pil_to_tensor(ImageOps.fit(image, (side, side)))
+    except Exception as error:  # Pillow's decoders raise all kinds
+        raise ValueError(f"{path} is no image that Pillow reads ({error}); remove it") from error
+
+
+def load_folder(root: Path, data_dir: str, side: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """-> (images, labels, environments) of ROOT/train and of ROOT/test or ROOT/val.
+
+    Files are CLASS/NAME or CLASS/ENVIRONMENT/NAME. They are decoded once, until one changes.
+    """
+    folders = [root / "train", root / ("test" if (root / "test").is_dir() else "val")]
+    shown = lambda path: Path(path).name[0] != "."  # noqa: E731  (every other file is an image)
+    sets = [torchvision.datasets.ImageFolder(folder, is_valid_file=shown) for folder in folders]
+    if odd := {*sets[0].classes} ^ {*sets[1].classes}:
+        raise ValueError(f"{root}: classes in train or test alone: {', '.join(sorted(odd))}")
+    places = [[Path(p).relative_to(s.root).parts[1:-1] for p, _ in s.samples] for s in sets]
+    names = sorted({*places[0]}) + sorted({*places[1]} - {*places[0]})  # training's first
+    stats = [(path, os.stat(path)) for s in sets for path, _ in s.samples]
+    state = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    copy = Path(data_dir, f"decoded-{hashlib.sha256(f'{side}{state}'.encode()).hexdigest()[:16]}")
+    with suppress(Exception):  # there is none yet, or it is damaged
+        return torch.load(copy, weights_only=True)
+    decoded = []
+    for folder, place in zip(sets, places, strict=True):
+        bar = tqdm(folder.samples, f"decoding {folder.root}", leave=False)
+        images = torch.stack([decode(path, side) for path, _ in bar])
+        environments = torch.tensor([names.index(p) for p in place])
+        decoded.append((images, torch.tensor(folder.targets), environments))
+    with suppress(OSError, RuntimeError):  # without a copy, the next run decodes again
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(decoded, f"{copy}.{os.getpid()}")
+        os.replace(f"{copy}.{os.getpid()}", copy)
+    return decoded
+
+
+def load(name: str, data_dir: str, side: int, device: str, source: bool = False) -> Data:
+    """A dataset by its name or folder; source: as what is pretrained on (shapes: other classes).
+
+    ValueError: there is no such dataset, it can't be downloaded, or a file in it is no image.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if not first:
+        dist.barrier()  # the first process downloads and decodes, the others find it
+    if name == "shapes":
+        classes = "source" if source else "target"
+        splits = [draw_shapes(n, classes, seed) for n, seed in ((2000, 0), (1000, 1))]
+    elif name == "coloured_shapes":
+        splits = [draw_coloured_shapes(5000, (0.8, 0.1), 0)]
+        splits += [draw_coloured_shapes(1256, (0.8, 0.1, 0.9), 1)]
+    elif name in DATASETS:
+        try:
+            sets = [DATASETS[name][0](data_dir, train, download=True) for train in (True, False)]
+        except Exception as error:  # of the network, of the disk, of a reader of damaged files
+            ways = "remove what is damaged there; shapes and a folder need no network"
+            why = f"{name} is not in {data_dir} and can't be downloaded ({error})"
+            raise ValueError(f"{why}; {ways}") from error
+        splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
+        splits = [(x[..., None] if x.ndim == 3 else x, y) for x, y in splits]  # [M, H, W, 1 or 3]
+        splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
+    elif Path(name).is_dir():
+        splits = load_folder(Path(name), data_dir, side)
+    else:
+        raise ValueError(f"{name}: no such folder, and none of {', '.join(DATASETS)}")
+    if dist.is_initialized() and first:
+        dist.barrier()
+    tensors = []
+    for images, labels, *environments in splits:
+        tensors += [resize(images, [side, side]).contiguous(), labels]
+        tensors += environments or [torch.zeros_like(labels)]
+    return Data(*(x.to(device) for x in tensors), flip=name != "mnist")
+
+
+def limit_labels(data: Data, labels_per_class: int | None, eval_on: str, seed: int) -> Data:
+    """The desired task within its label budget, in equal parts from each environment.
+
+    eval_on "val": a fifth of the budget is held out and takes the place of the test set. For each
+    environment up to 256 images are set aside to adapt to, unlabelled: training images, or where
+    there are several environments test images, which are then scored by nobody.
+    """
+    val, several = eval_on == "val", int(data.environments.max()) + 1
+    order = torch.randperm(len(data.labels), generator=rng(seed, "labels")).to(data.labels.device)
+    kept, held = [], []
+    kinds = data.labels * several + data.environments
+    for kind in kinds.unique():
+        members = order[kinds[order] == kind]
+        budget = labels_per_class // several if labels_per_class else len(members)
+        if not 1 + val <= budget <= len(members):
+            most = f"class {kind // several} has {several * len(members)}"
+            raise ValueError(f"--labels-per-class {labels_per_class}, --eval-on {eval_on}: {most}")
+        cut = val * max(1, budget // 5)
+        held.append(members[:cut])
+        kept.append(members[cut:budget])
+    kept, held = torch.cat(kept), torch.cat(held)
+    train, test = data[:3], data[3:6]
+    if val:
+        test = tuple(x[held] for x in train)
+    train = tuple(x[kept] for x in train)
+    alone = not train[2].any() and not test[2].any()  # one environment
+    images, _, home = train if alone else test
+    scored, aside = torch.ones_like(test[1], dtype=torch.bool), []
+    for environment in home.unique():
+        members = (home == environment).nonzero().squeeze(1)
+        order = torch.randperm(len(members), generator=rng(seed, "evaluation")).to(home.device)
+        chosen = members[order[: 256 if alone else min(256, len(members) // 2)]]
+        aside.append(torch.zeros_like(home, dtype=torch.bool).index_fill(0, chosen, True))
+        scored &= True if alone else ~aside[-1]
+    unlabelled = tuple((images, mask) for mask in aside)
+    return Data(*train, *(x[scored] for x in test), data.flip, unlabelled)
+
+
+def checksum(*datasets: Data) -> str:
+    """A digest of all images and labels: a run goes on only with the data that it began with."""
+    digest = hashlib.sha256()
+    for tensor in (x for data in datasets for x in data[:6]):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def mirror(images: Tensor, generator: Generator, flip: bool) -> Tensor:
+    """uint8 [N, 3, H, H] -> in [0, 1], each mirrored or not: all that is done to support images.
+
+    A shift would fill a border with black, which tells a pretext task what it should not know.
+    """
+    coin = torch.randint(2, (len(images), 1, 1, 1), generator=generator, device=images.device)
+    return torch.where(coin * flip == 1, images.flip(3), images) / 255
+
+
+def augment(images: Tensor, generator: Generator, flip: bool) -> Tensor:
+    """uint8 [N, 3, H, H] -> in [0, 1], each moved by up to H/8 pixels and mirrored or not."""
+    n, _, side, _ = images.shape
+    draw = {"generator": generator, "device": images.device}
+    pixels = torch.arange(side, device=images.device)
+    rows, columns = (torch.randint(side // 4 + 1, (n, 1), **draw) + pixels for _ in range(2))
+    if flip:
+        coin = torch.randint(2, (n, 1), **draw)
+        columns = torch.where(coin == 1, columns.flip(1), columns)
+    padded = F.pad(images, [side // 8] * 4)
+    each = torch.arange(n, device=images.device)[:, None, None]
+    moved = padded[each, :, rows[:, :, None], columns[:, None, :]]  # [N, H, H, 3]
+    return moved.permute(0, 3, 1, 2).contiguous() / 255
+
+
+def labelled_batch(data: Data, step: int, size: int, seed: int, purpose: str = "query"):
+    """-> images [B, 3, H, H] in [0, 1], labels [B], indices [B]: B = size, augmented.
+
+    Each environment gives an equal part, out of shuffled epochs of its own, end to end.
+    """
+    parts = []
+    environments = range(int(data.environments.max()) + 1)
+    for environment, count in zip(environments, share(size, len(environments)), strict=True):
+        members = (data.environments == environment).nonzero().squeeze(1)
+        n, begin = len(members), step * count
+        name = f"{purpose} {environment}" if environment else purpose
+        epochs = range(begin // n, (begin + count - 1) // n + 1)
+        orders = [torch.randperm(n, generator=rng(seed, name, epoch)) for epoch in epochs]
+        part = torch.cat(orders)[begin - epochs[0] * n :][:count]
+        parts.append(members[part.to(members.device)])
+    index = torch.cat(parts)
+    generator = rng(seed, f"{purpose} augmentation", step, index.device)
+    return augment(data.images[index], generator, data.flip), data.labels[index], index
+
+
+def pool(datasets: list[Data]) -> tuple[Tensor, Tensor]:
+    """The training images of the datasets together, uint8 [M, 3, H, H], and their environments."""
+    images = torch.cat([data.images for data in datasets])
+    environments = datasets[0].environments
+    if len(datasets) > 1 and environments.any():
+        raise ValueError("the source's images belong to no environment of the desired task")
+    return images, F.pad(environments, (0, len(images) - len(environments)))
+
+
+def draw(mask: Tensor, count: int, generator: Generator) -> Tensor:
+    """-> indices of `count` of the images that `mask`, bool [M], has, or of all if it has fewer."""
+    order = torch.rand(len(mask), generator=generator, device=mask.device).masked_fill(~mask, 2.0)
+    return order.topk(min(count, int(mask.sum())), largest=False).indices
+
+
+def batches(
+    tasks: dict[str, PretextTask],
+    seed: int,
+    purpose: str,
+    step: int,
+    images: Tensor,
+    index: Tensor,
+    count: int = 0,
+    flip: bool = False,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """-> {task: (inputs, targets)}, one support batch for each task.
+
+    index: the indices of images [N, 3, H, H] in [0, 1], which every task gets; or a mask of the
+    images, uint8 [M, 3, H, H], from which every task draws `count` of its own.
+    """
+    made = {}
+    for name, task in tasks.items():
+        generator, x, i = rng(seed, f"{purpose} {name}", step, images.device), images, index
+        if index.dtype == torch.bool:
+            i = draw(index, count, generator)
+            x = mirror(images[i], generator, flip)
+        made[name] = task.make_batch(x, i, generator)
+    return made
+
+
+def adaptations(data: Data, transductive: bool, size: int):
+    """-> (indices of test images, images, index, count, flip) for each adaptation of an evaluation.
+
+    One for each environment, to images that are never scored; transductive: one for each batch of
+    `size` test images, to these very images, unlabelled.
+    """
+    for environment, (images, mask) in enumerate(data.unlabelled):
+        scored = (data.test_environments == environment).nonzero().squeeze(1)
+        if not transductive:
+            yield scored, images, mask, len(mask), data.flip
+        else:
+            for part in scored.split(size):
+                index = torch.arange(len(part), device=part.device)
+                yield part, data.test_images[part] / 255, index
+
+
+def share(size: int, parts: int) -> list[int]:
+    """`size` in whole parts as equal as can be, the larger ones first."""
+    return [size // parts + (i < size % parts) for i in range(parts)]
+
+
 # Outlines: column and row of each corner on a grid of 9 x 9 points
 SHAPES = {
     "target": """triangle 40 87 07, square 11 71 77 17, pentagon 40 83 67 27 03,
@@ -342,40 +624,72 @@ SHAPES = {
 }
 
 
-def draw_shapes(count: int, classes: str = "target", seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Drawn images, uint8 [count, 3, 32, 32], and their labels, int64 [count], balanced.
-
-    classes: "target" or "source", ten shapes each. Light falls from above and a shape's colour
-    leans towards its class, so that every pretext task has something to learn.
-    """
-    rng = np.random.default_rng([seed, classes == "source"])
-    outlines = [shape.split()[1:] for shape in SHAPES[classes].split(",")]
-    outlines = [np.array([complex(*map(int, xy)) for xy in o]) / 4 - (1 + 1j) for o in outlines]
+def render(outline: str, lean: float, spread: float, rng: np.random.Generator) -> np.ndarray:
+    """[32, 32, 3] in 0 to 255: the shape (its corners as in SHAPES), its hue `lean` +- `spread`."""
+    corners = [complex(*map(int, xy)) / 4 - (1 + 1j) for xy in outline.split()[1:]]
 
     def hsv(hue, value):  # a Pillow colour: degrees, percent
         return f"hsv({hue % 360:.0f}, 65%, {min(value, 100):.0f}%)"
 
-    labels = rng.permutation(count) % len(outlines)
-    images = np.empty((count, 32, 32, 3), np.float32)
-    for image, label in zip(images, labels, strict=True):
-        size, tilt = rng.uniform(16, 32), rng.normal(0, 0.2)  # drawn on 96 x 96 pixels
-        middle = complex(*rng.uniform(size + 6, 90 - size, 2))
-        outline = middle + size * np.exp(1j * tilt) * outlines[label]
-        hue = 36 * label + rng.normal(0, 50)
-        picture = Image.new("RGB", (96, 96), hsv(rng.uniform(0, 360), rng.uniform(25, 60)))
-        pen = ImageDraw.Draw(picture)
-        for ends in rng.uniform(0, 96, (3, 4)):
-            pen.line(ends.tolist(), hsv(rng.uniform(0, 360), rng.uniform(20, 90)), 4)
-        value = rng.uniform(70, 100)
-        for shift, bright in ((6j, 20), (-2j, value + 20), (0, value)):  # shadow, lit edge, shape
-            pen.polygon((outline + shift).view(float).tolist(), hsv(hue, bright))
-        image[:] = picture.reduce(3)
+    size, tilt = rng.uniform(16, 32), rng.normal(0, 0.2)  # on 96 x 96 pixels
+    middle = complex(*rng.uniform(size + 6, 90 - size, 2))
+    polygon = middle + size * np.exp(1j * tilt) * np.array(corners)
+    hue = lean + rng.normal(0, spread)
+    picture = Image.new("RGB", (96, 96), hsv(rng.uniform(0, 360), rng.uniform(25, 60)))
+    pen = ImageDraw.Draw(picture)
+    for ends in rng.uniform(0, 96, (3, 4)):
+        pen.line(ends.tolist(), hsv(rng.uniform(0, 360), rng.uniform(20, 90)), 4)
+    value = rng.uniform(70, 100)
+    for shift, bright in ((6j, 20), (-2j, value + 20), (0, value)):  # shadow, lit edge, shape
+        pen.polygon((polygon + shift).view(float).tolist(), hsv(hue, bright))
+    return np.asarray(picture.reduce(3), np.float32)
+
+
+def lit(pictures: list[np.ndarray], rng: np.random.Generator) -> Tensor:
+    """-> uint8 [count, 3, 32, 32]: light falls from above, with some texture and noise."""
+    images, count = np.stack(pictures), len(pictures)
     y, x = np.mgrid[0:32, 0:32].astype(np.float32)[..., None]
     dx, dy, phase = rng.uniform(-1, 1, (3, count, 1, 1, 1)).astype(np.float32)
-    images *= 1.1 - 0.3 * y / 31 + 0.12 * np.sin(dx * x + dy * y + 3 * phase)  # light, texture
+    images *= 1.1 - 0.3 * y / 31 + 0.12 * np.sin(dx * x + dy * y + 3 * phase)
     images += 10 * rng.standard_normal(images.shape, np.float32)
-    images = images.clip(0, 255).astype(np.uint8).transpose(0, 3, 1, 2).copy()
-    return torch.from_numpy(images), torch.from_numpy(labels)
+    return torch.from_numpy(images.clip(0, 255).astype(np.uint8).transpose(0, 3, 1, 2).copy())
+
+
+def draw_shapes(count: int, classes: str = "target", seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Drawn images, uint8 [count, 3, 32, 32], and their labels, int64 [count], balanced.
+
+    classes: "target" or "source", ten shapes each. A shape's colour leans towards its class.
+    """
+    rng, shapes = np.random.default_rng([seed, classes == "source"]), SHAPES[classes].split(",")
+    labels = rng.permutation(count) % len(shapes)
+    images = lit([render(shapes[label], 36 * label, 50, rng) for label in labels], rng)
+    return images, torch.from_numpy(labels)
+
+
+def coloured_labels(count: int, agreement: tuple, seed: int) -> tuple[np.ndarray, ...]:
+    """-> shape, colour, label, each 0 or 1, int [E, count], for each environment e.
+
+    As in ColoredMNIST (1907.02893, section 5.2) the label is the shape, but for a quarter of the
+    images the other one; the colour agrees with the label in the share agreement[e] of them.
+    """
+    rng = np.random.default_rng([seed, count])
+    each = [rng.permutation(count) % 2 for _ in agreement]
+    shape = np.stack(each)
+    label = shape ^ (rng.random(shape.shape) < 0.25)
+    return shape, label ^ (rng.random(shape.shape) >= np.array(agreement)[:, None]), label
+
+
+def draw_coloured_shapes(count: int, agreement: tuple, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stars and rings, red or green: images, labels, environments, `count` of each environment.
+
+    Colour may tell more than shape, but what it tells depends on the environment.
+    """
+    rng, shapes = np.random.default_rng(seed), SHAPES["target"].split(",")
+    shape, colour, label = (torch.from_numpy(x) for x in coloured_labels(count, agreement, seed))
+    kinds = zip(shape.flatten().tolist(), colour.flatten().tolist(), strict=True)
+    pictures = [render(shapes[(3, 5)[s]], (0, 120)[c], 10, rng) for s, c in kinds]
+    environments = torch.arange(len(agreement)).repeat_interleave(count)
+    return lit(pictures, rng), label.flatten(), environments
 
 
 def draw_figure(images: Tensor, path: str) -> None:
