@@ -1,6 +1,6 @@
 """Compare runs, `python compare.py runs`: accuracy against steps as a figure, and a short table.
 
-An arm has reached the baseline where it is from then on at least what that ended with, seed by seed.
+Reached: from there on never below what the run of the same seed of the baseline ended with.
 """
 
 import argparse
@@ -155,13 +155,11 @@ def draw(ax, arms: dict[str, list[Run]], column: str, y="accuracy", colours=None
     """Draw mean y, with its 95% t interval, against `column`; returns what label_ends takes."""
     ends, floor, across = [], 0.02, ax.get_xaxis_transform()  # across: y is 0 (bottom) to 1
     for label, runs in arms.items():
-        steps = [run.log["total_step"] for run in runs]
-        at = np.unique(np.concatenate(steps))
-        at = at[(at >= max(map(min, steps))) & (at <= min(map(max, steps)))]
-        x = np.mean([np.interp(at, run.log["total_step"], run.log[column]) for run in runs], axis=0)
-        mean, half = mean_interval(
-            [np.interp(at, r.log["total_step"], 100 * r.log[y]) for r in runs]
-        )
+        logs = [run.log for run in runs]
+        steps = [log["total_step"] for log in logs]  # their union, as far as all seeds have it:
+        at = np.unique(np.clip(np.concatenate(steps), max(map(min, steps)), min(map(max, steps))))
+        x = np.mean([np.interp(at, log["total_step"], log[column]) for log in logs], axis=0)
+        mean, half = mean_interval([np.interp(at, log["total_step"], 100 * log[y]) for log in logs])
         (line,) = ax.plot(x, mean, color=(colours or {}).get(label), markevery=len(x) // 12 + 1)
         colour = line.get_color()
         ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
@@ -218,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
             text = f"{dataset}, baseline: {note}\n\n{table(arms, baseline)}\n"
             (out / f"{dataset}.md").write_text(text, encoding="utf-8")
             with rc_context(STYLE):
-                canvas = figure.Figure((4.2, max(2.5, 0.3 * len(arms))), layout="constrained")
+                canvas = figure.Figure((4.2, max(2.5, 0.5 * len(arms))), layout="constrained")
                 ax = canvas.subplots(subplot_kw={"title": dataset})
                 label_ends(ax, draw(ax, arms, args.x, args.y))
                 canvas.savefig(out / f"{dataset}.png", dpi=300)

@@ -297,8 +297,10 @@ def train(run, phase, steps, model, backward, evaluate, args):
             for tensor in (used, *(p.grad for p in trained)):
                 dist.all_reduce(tensor)
         loss, *work = used.tolist()
-        if not math.isfinite(loss):
-            raise ValueError(f"{phase} step {step + 1}: the loss is {loss}; try a smaller --lr")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()
+        if not math.isfinite(loss + norm):
+            what = f"{phase} step {step + 1}: the loss is {loss}, its gradient's norm {norm}"
+            raise ValueError(f"{what}; try a smaller --lr")
         optimizer.step()
         averaged.update_parameters(model)
         losses.append(loss)
@@ -316,7 +318,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
-SIZES = {"shapes": (300, 32, 16, 64), "coloured_shapes": (1000, 16, 8, 128)}
+SIZES = {"shapes": (300, 32, 16, 64), "coloured_shapes": (600, 16, 8, 128)}
 SIZES[None] = (2000, 32, 16, 64)  # steps, image size, width, batch size of all other datasets
 
 
@@ -339,7 +341,7 @@ def common_arguments():
     add("--eval-on", choices=("test", "val"), default="test", help="val: a fifth of the labels")
     add("--image-size", type=int, help="pixels, a multiple of 8 (32; 16 for coloured_shapes)")
     add = parser.add_argument_group("training; for a GPU: --width 64 --steps 20000").add_argument
-    add("--steps", type=int, help="in all (2000; 300 for shapes, 1000 for coloured_shapes)")
+    add("--steps", type=int, help="in all (2000; 300 for shapes, 600 for coloured_shapes)")
     add("--eval-every", type=int, help="steps (a tenth of all)")
     add("--batch-size", type=int, help="labelled images a step (64; 128 for coloured_shapes)")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW (.001; maml_ssl.py: .002)")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 # --- the pretext tasks ---
 class PretextTask(Protocol):
-    """What the arms call. `answers` and `picture` serve the figure and may be missing."""
+    """What the arms call. `answers` serves the figure and may be missing."""
 
     def __init__(self, images: Tensor):
         """Learns about the training images, uint8 [M, 3, H, H]; ValueError: it can't use them."""
@@ -106,17 +106,6 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), -3)
 
 
-def lab_to_rgb(lab: Tensor) -> Tensor:
-    """Inverse of `rgb_to_lab`, both [..., 3, H, W]; colours outside sRGB are clipped to [0, 1]."""
-    y, a, b = ((lab + lab.new_tensor([16, 0, 0])[:, None, None]) / 116).unbind(-3)
-    f = torch.stack((y + a * 0.232, y, y - b * 0.58), -3)  # 116 / 500 and 116 / 200
-    xyz = torch.where(f > 6 / 29, f**3, (f - 4 / 29) * 3 * (6 / 29) ** 2)
-    matrix = lab.new_tensor(RGB_TO_XYZ)
-    inverse = (matrix / matrix.sum(1, keepdim=True)).inverse()
-    rgb = torch.einsum("ij,...jhw->...ihw", inverse, xyz).clamp(0, 1)
-    return torch.where(rgb > 0.0031308, 1.055 * rgb ** (1 / 2.4) - 0.055, 12.92 * rgb)
-
-
 class Colorization:
     """What colour is each place of a gray image? (1603.08511, section 2)
 
@@ -169,12 +158,6 @@ class Colorization:
         log_p = outputs.log_softmax(1).gather(1, bins.long())
         return -(shares.to(outputs.dtype) * log_p).sum(1).mean()
 
-    def picture(self, inputs, targets):
-        bins, shares = targets.chunk(2, dim=1)
-        ab = self.bins[bins.long()].movedim(-1, 0) * shares / shares.sum(1, keepdim=True)
-        ab = F.interpolate(ab.sum(2).movedim(0, 1), scale_factor=4)
-        return lab_to_rgb(torch.cat((100 * inputs[:, :1], ab), 1))
-
 
 class RelativePosition:
     """At which of 8 places around the first patch is the second? (1505.05192; 1708.07860)
@@ -219,11 +202,14 @@ class MaskedAutoencoding:
 
     48 of the 8 x 8 patches of side H/8 are masked. Their pixels are regressed, normalised by mean
     and (as in the authors' code, unbiased) variance of the patch. Deviation: a dense convolution
-    can't skip patches, so the encoder sees mid-gray in their place. ValueError unless 8 divides H.
+    can't skip patches, so the encoder sees mid-gray in their place. ValueError unless 8 divides H,
+    and for H = 8: a patch would be one pixel, of which normalising leaves nothing.
     """
 
     def __init__(self, images):
         require_multiple(images, 8, "masked_autoencoding")
+        if images.shape[-1] == 8:
+            raise ValueError("masked_autoencoding needs more than 8 pixels: use --image-size 16")
 
     def make_head(self, channels):
         return nn.Sequential(nn.Conv2d(channels, 3 * 64, 1), nn.PixelShuffle(8))
@@ -241,9 +227,6 @@ class MaskedAutoencoding:
     def loss(self, outputs, targets):
         pixels, masked = targets.to(outputs.dtype).split((3, 1), dim=1)
         return (masked * (outputs - pixels) ** 2).mean() / masked.mean()
-
-    def picture(self, inputs, targets):
-        return torch.where(targets[:, 3:] > 0, 0.5 + 0.2 * targets[:, :3], 1.0).clamp(0, 1)
 
 
 def nt_xent(views: Tensor, partners: Tensor, temperature: float = 0.5) -> Tensor:
@@ -353,9 +336,8 @@ DATASETS = {  # name: (torchvision's class or None, default source)
 class Data(NamedTuple):
     """A dataset on the device. Images are uint8 [M, 3, H, H], labels and environments int64 [M].
 
-    An environment is a part of the data with a distribution of its own: a camera, a hospital, a
-    writer. Most datasets have one. Training images have environments 0 ... E-1, test images may
-    have more. `unlabelled` holds what `limit_labels` sets aside to adapt to.
+    An environment is a part with a distribution of its own: a camera, a hospital, a writer. Most
+    datasets have one. Training images have environments 0 ... E-1, test images may have more.
     """
 
     images: Tensor
@@ -365,7 +347,7 @@ class Data(NamedTuple):
     test_labels: Tensor
     test_environments: Tensor
     flip: bool  # does a mirrored image keep its label?
-    unlabelled: tuple = ()
+    unlabelled: tuple = ()  # for each environment of the test set (images, mask): to adapt to
 
     @property
     def classes(self) -> int:
@@ -402,13 +384,13 @@ def load_folder(root: Path, data_dir: str, side: int) -> list[tuple[Tensor, Tens
     sets = [torchvision.datasets.ImageFolder(folder, is_valid_file=shown) for folder in folders]
     if odd := {*sets[0].classes} ^ {*sets[1].classes}:
         raise ValueError(f"{root}: classes in train or test alone: {', '.join(sorted(odd))}")
-    places = [[Path(p).relative_to(s.root).parts[1:-1] for p, _ in s.samples] for s in sets]
-    names = sorted({*places[0]}) + sorted({*places[1]} - {*places[0]})  # training's first
     stats = [(path, os.stat(path)) for s in sets for path, _ in s.samples]
-    state = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
-    copy = Path(data_dir, f"decoded-{hashlib.sha256(f'{side}{state}'.encode()).hexdigest()[:16]}")
+    state = repr([side, *((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)])
+    copy = Path(data_dir, f"decoded-{hashlib.sha256(state.encode()).hexdigest()[:16]}")
     with suppress(Exception):  # there is none yet, or it is damaged
         return torch.load(copy, weights_only=True)
+    places = [[Path(p).relative_to(s.root).parts[1:-1] for p, _ in s.samples] for s in sets]
+    names = sorted({*places[0]}) + sorted({*places[1]} - {*places[0]})  # training's first
     decoded = []
     for folder, place in zip(sets, places, strict=True):
         bar = tqdm(folder.samples, f"decoding {folder.root}", leave=False)
@@ -427,22 +409,23 @@ def load(name: str, data_dir: str, side: int, device: str, source: bool = False)
 
     ValueError: there is no such dataset, it can't be downloaded, or a file in it is no image.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if not first:
+    if name is None:
+        raise ValueError("there is no default for --source; name the dataset to pretrain on")
+    rank = dist.get_rank() if dist.is_initialized() else None
+    if rank:
         dist.barrier()  # the first process downloads and decodes, the others find it
     if name == "shapes":
         classes = "source" if source else "target"
         splits = [draw_shapes(n, classes, seed) for n, seed in ((2000, 0), (1000, 1))]
     elif name == "coloured_shapes":
-        splits = [draw_coloured_shapes(5000, (0.8, 0.1), 0)]
-        splits += [draw_coloured_shapes(1256, (0.8, 0.1, 0.9), 1)]
+        drawn = ((5000, (0.8, 0.1), 0), (1256, (0.8, 0.1, 0.9), 1))
+        splits = [draw_coloured_shapes(*each) for each in drawn]
     elif name in DATASETS:
         try:
             sets = [DATASETS[name][0](data_dir, train, download=True) for train in (True, False)]
         except Exception as error:  # of the network, of the disk, of a reader of damaged files
-            ways = "remove what is damaged there; shapes and a folder need no network"
-            why = f"{name} is not in {data_dir} and can't be downloaded ({error})"
-            raise ValueError(f"{why}; {ways}") from error
+            why = f"{name} is not in {data_dir} and can't be downloaded ({error}); remove what is"
+            raise ValueError(f"{why} damaged; shapes and a folder need no network") from error
         splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
         splits = [(x[..., None] if x.ndim == 3 else x, y) for x, y in splits]  # [M, H, W, 1 or 3]
         splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
@@ -450,7 +433,7 @@ def load(name: str, data_dir: str, side: int, device: str, source: bool = False)
         splits = load_folder(Path(name), data_dir, side)
     else:
         raise ValueError(f"{name}: no such folder, and none of {', '.join(DATASETS)}")
-    if dist.is_initialized() and first:
+    if rank == 0:
         dist.barrier()
     tensors = []
     for images, labels, *environments in splits:
@@ -479,22 +462,19 @@ def limit_labels(data: Data, labels_per_class: int | None, eval_on: str, seed: i
         cut = val * max(1, budget // 5)
         held.append(members[:cut])
         kept.append(members[cut:budget])
-    kept, held = torch.cat(kept), torch.cat(held)
-    train, test = data[:3], data[3:6]
-    if val:
-        test = tuple(x[held] for x in train)
-    train = tuple(x[kept] for x in train)
+    train, held = tuple(x[torch.cat(kept)] for x in data[:3]), torch.cat(held)
+    test = tuple(x[held] for x in data[:3]) if val else data[3:6]
     alone = not train[2].any() and not test[2].any()  # one environment
     images, _, home = train if alone else test
-    scored, aside = torch.ones_like(test[1], dtype=torch.bool), []
+    scored, unlabelled = torch.ones_like(test[1], dtype=torch.bool), []
     for environment in home.unique():
         members = (home == environment).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=rng(seed, "evaluation")).to(home.device)
         chosen = members[order[: 256 if alone else min(256, len(members) // 2)]]
-        aside.append(torch.zeros_like(home, dtype=torch.bool).index_fill(0, chosen, True))
-        scored &= True if alone else ~aside[-1]
-    unlabelled = tuple((images, mask) for mask in aside)
-    return Data(*train, *(x[scored] for x in test), data.flip, unlabelled)
+        mask = torch.zeros_like(home, dtype=torch.bool).index_fill(0, chosen, True)
+        unlabelled.append((images, mask))
+        scored &= True if alone else ~mask
+    return Data(*train, *(x[scored] for x in test), data.flip, tuple(unlabelled))
 
 
 def checksum(*datasets: Data) -> str:
@@ -534,12 +514,11 @@ def labelled_batch(data: Data, step: int, size: int, seed: int, purpose: str = "
 
     Each environment gives an equal part, out of shuffled epochs of its own, end to end.
     """
-    parts = []
-    environments = range(int(data.environments.max()) + 1)
-    for environment, count in zip(environments, share(size, len(environments)), strict=True):
+    parts, several = [], int(data.environments.max()) + 1
+    for environment in range(several):
         members = (data.environments == environment).nonzero().squeeze(1)
-        n, begin = len(members), step * count
-        name = f"{purpose} {environment}" if environment else purpose
+        n, count = len(members), size // several + (environment < size % several)
+        begin, name = step * count, f"{purpose} {environment}" if environment else purpose
         epochs = range(begin // n, (begin + count - 1) // n + 1)
         orders = [torch.randperm(n, generator=rng(seed, name, epoch)) for epoch in epochs]
         part = torch.cat(orders)[begin - epochs[0] * n :][:count]
@@ -565,14 +544,14 @@ def draw(mask: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 def batches(
-    tasks: dict[str, PretextTask],
+    tasks: dict,
     seed: int,
     purpose: str,
     step: int,
     images: Tensor,
     index: Tensor,
-    count: int = 0,
-    flip: bool = False,
+    count=0,
+    flip=False,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """-> {task: (inputs, targets)}, one support batch for each task.
 
@@ -599,15 +578,10 @@ def adaptations(data: Data, transductive: bool, size: int):
         scored = (data.test_environments == environment).nonzero().squeeze(1)
         if not transductive:
             yield scored, images, mask, len(mask), data.flip
-        else:
-            for part in scored.split(size):
-                index = torch.arange(len(part), device=part.device)
-                yield part, data.test_images[part] / 255, index
-
-
-def share(size: int, parts: int) -> list[int]:
-    """`size` in whole parts as equal as can be, the larger ones first."""
-    return [size // parts + (i < size % parts) for i in range(parts)]
+            continue
+        for part in scored.split(size):
+            index = torch.arange(len(part), device=part.device)
+            yield part, data.test_images[part] / 255, index
 
 
 # Outlines: column and row of each corner on a grid of 9 x 9 points
@@ -692,8 +666,12 @@ def draw_coloured_shapes(count: int, agreement: tuple, seed: int) -> tuple[Tenso
     return lit(pictures, rng), label.flatten(), environments
 
 
+# --- the figure ---
 def draw_figure(images: Tensor, path: str) -> None:
-    """Writes a PNG of what each task makes of uint8 images [N, 3, 32, 32], a row per task."""
+    """Writes a PNG of what each task makes of uint8 images [N, 3, 32, 32], a row per task.
+
+    Beside what is shown stands the answer: a class, or for a task of pixels the image itself.
+    """
     from matplotlib.figure import Figure  # here, as the arms draw nothing
 
     generator, indices = Generator().manual_seed(0), torch.arange(len(images))
@@ -702,50 +680,33 @@ def draw_figure(images: Tensor, path: str) -> None:
     axes = figure.subplots(len(TASKS), len(images), squeeze=False)
     for (name, make_task), row in zip(TASKS.items(), axes, strict=True):
         question = textwrap.fill((make_task.__doc__ or "").partition("?")[0] + "?", 30)
-        title = f"{name.replace('_', ' ')}\n{question}"
-        row[0].text(-4, 16, title, ha="right", va="center")
-        for axis in row:
-            axis.axis("off")
-        try:
-            task = make_task(images)
-        except ValueError as error:
-            row[0].text(0, 16, textwrap.fill(str(error), 24), va="center", size=8)
-            continue
+        row[0].text(-4, 16, f"{name.replace('_', ' ')}\n{question}", ha="right", va="center")
+        task = make_task(images)
         inputs, targets = task.make_batch(images / 255, indices, generator)
         shown = inputs.unflatten(0, (len(images), -1))  # [N, 1 or 2, 3, H', H']
-        if hasattr(task, "picture"):
-            shown = torch.cat((shown, task.picture(inputs, targets)[:, None]), 1)
+        if targets.ndim > 1:
+            shown = torch.cat((shown, images[:, None] / 255), 1)
         for i, axis in enumerate(row):
             for k, picture in enumerate(shown[i].movedim(1, 3).numpy()):
                 axis.imshow(picture, extent=(44 * k, 44 * k + 32, 32, 0))
             if targets.shape == indices.shape:  # a class for each image
-                k = int(targets[i])
-                answer = task.answers[k] if hasattr(task, "answers") else f"label {k}"
+                answer = task.answers[targets[i]] if hasattr(task, "answers") else int(targets[i])
                 side = "left" if len(shown[i]) == 1 else "center"  # beside, or between the two
                 axis.text(38, 16, answer, ha=side, va="center")
             axis.set(xlim=(0, 84), ylim=(32, 0))
+            axis.axis("off")
     figure.savefig(path, format="png", dpi=200)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Draws the figure; exit code 2 and one line for a file that can't be read or written."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draws what each pretext task shows and asks.")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="files; default: drawn shapes")
     parser.add_argument("--out", default="pretext.png", help="the PNG to write (%(default)s)")
-    args = parser.parse_args(arguments)
-    images = [] if args.images else list(draw_shapes(4, seed=1)[0])
+    args = parser.parse_args()
     try:
-        for path in args.images:
-            picture = np.array(Image.open(path).convert("RGB").resize((32, 32)))
-            images.append(torch.from_numpy(picture).permute(2, 0, 1))
-        path = args.out
-        draw_figure(torch.stack(images), path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        problem = "can't write" if path == args.out else "no image that Pillow reads:"
-        print(f"pretext.py: {problem} {path} ({error})", file=sys.stderr)
+        images = [decode(path, 32) for path in args.images] or list(draw_shapes(4, seed=1)[0])
+        draw_figure(torch.stack(images), args.out)
+    except (OSError, ValueError) as error:
+        print(f"pretext.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,15 +2,14 @@
 
     python results/experiment.py run environments --jobs 2   # trains; goes on where it stopped
     python results/experiment.py gather environments         # its logs -> results/environments.csv
-    python results/experiment.py report                      # figures, tables, verdicts of the CSVs
+    python results/experiment.py report                      # figures and verdicts, from the CSVs
 
-`run` keeps logs and checkpoints below runs/PROTOCOL/. What is asked (QUESTIONS) and what is tried
-(TRIALS) was written down before the runs. CIFAR-10 and the source, 100 classes of Tiny ImageNet,
+`run` keeps logs and checkpoints below runs/PROTOCOL/. What is tried (TRIALS) and what is asked
+(QUESTIONS) was written down before the runs. CIFAR-10 and the source, 100 classes of Tiny ImageNet,
 are folders of images in data/.
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -19,9 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from torch.optim.swa_utils import AveragedModel
+from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +62,7 @@ INNER = grid(
 )
 PRETRAINING = grid(
     lr=".001 .001 .001 .002 .002 .002 .0005 .004",
-    pretrain_steps="250 500 750 250 500 750 500 500",
+    pretrain_steps="150 300 450 150 300 450 300 300",
 )
 # Eight settings for each arm with several environments. Chosen is, with seed 100, the best mean
 # accuracy over the training environments' validation images after the last step, adapted where
@@ -89,7 +86,11 @@ TRIALS = {
     "fine-tuned": ("pretrain_finetune.py", PRETRAINING),
     "probed": ("linear_probe.py", PRETRAINING),
 }
-CHOSEN: dict[str, str] = {}
+CHOSEN = dict.fromkeys(TRIALS, "")  # the best of the trials; results/tune.csv holds all of them
+SETTINGS = {name: f"{arm} {SHAPES} {CHOSEN[name]}" for name, (arm, _) in TRIALS.items()}
+# A folder with other environments (`write_environments`), else as coloured_shapes
+FOLDER = "--image-size 16 --width 8 --batch-size 128 --steps 600 --dataset data/coloured"
+SHARES = {"90-10-80": ((0.9, 0.1), (0.9, 0.1, 0.8)), "80-40-90": ((0.8, 0.4), (0.8, 0.4, 0.9))}
 PROTOCOLS = {
     "cpu": (range(5), {name: f"{arm} {CIFAR}" for name, arm in ARMS.items()}),
     "controls": (range(5), {name: f"{arm} {CIFAR}" for name, arm in CONTROLS.items()}),
@@ -97,7 +98,212 @@ PROTOCOLS = {
         f"{name}-{i}": f"{arm} {SHAPES} --eval-on val {flags}"
         for name, (arm, trials) in TRIALS.items() for i, flags in enumerate(trials)
     }),
+    "environments": (range(5), SETTINGS | {
+        "per-task": f"{SETTINGS['maml']} --inner per-task",
+        **{task: f"{SETTINGS['colorization']} --pretext {task}"
+           for task in PRETEXT.split() if task != "colorization"},
+    }),
+    "where": (range(3), {
+        **{f"support-{n}": f"{SETTINGS['maml']} --support-batch-size {n}" for n in (8, 128)},
+        "steps-3": f"{SETTINGS['maml']} --inner-steps 3",
+        **{f"{name}-{shares}": f"{arm} {CHOSEN[name]} {FOLDER}-{shares}" + " --inner joint" * inner
+           for shares in SHARES for name, arm, inner in (
+               ("maml", "maml_ssl.py --inner-lr 1", True), ("scratch", TRIALS["scratch"][0], False))},
+    }),
 }  # fmt: skip
+
+# --- what is asked, and how it is judged: {question: (arm, against, counted in)} ---
+# total_step, step, flops: where the arm has for good what the other ends with, over all that the
+# other used. end: points at the end, at equal steps. equal FLOPs: points where the cheaper ends.
+QUESTIONS = {
+    "cpu controls": [
+        ("as worded: fewer steps", "maml", "fine-tuned", "total_step"),
+        ("as worded: fewer steps", "maml", "probed", "total_step"),
+        ("fewer steps on the desired task alone", "maml", "fine-tuned", "step"),
+        ("fewer FLOPs", "maml", "fine-tuned", "flops"),
+        ("fewer steps without MAML", "scratch", "fine-tuned", "total_step"),
+        ("fewer FLOPs without MAML", "scratch", "fine-tuned", "flops"),
+        ("better than nothing", "maml", "scratch", "end"),
+        ("better than nothing", "maml", "scratch", "equal FLOPs"),
+        ("the inner loop helps", "maml", "joint", "end"),
+        ("the inner loop helps", "maml", "joint", "equal FLOPs"),
+        ("the inner loop alone helps", "maml", "no-inner-loop", "end"),
+        ("the second order helps", "maml", "first-order", "end"),
+        ("the content of the tasks helps", "maml", "random-labels", "end"),
+        ("better than pretraining on the tasks", "maml", "self-supervised", "end"),
+    ],
+    "environments": [
+        ("as worded: fewer steps", "maml", "fine-tuned", "total_step"),
+        ("as worded: fewer steps", "maml", "probed", "total_step"),
+        ("fewer FLOPs", "maml", "fine-tuned", "flops"),
+        ("fewer steps without MAML", "scratch", "fine-tuned", "total_step"),
+        *[(question, "maml", against, count) for question, against in (
+            ("better than nothing", "scratch"), ("the inner loop helps", "joint"),
+            ("the second order helps", "first-order"),
+            ("the content of the tasks helps", "random-labels"),
+            ("better than fine-tuning", "fine-tuned"))
+          for count in ("end", "equal FLOPs")],
+        ("several tasks help", "maml", "colorization", "end"),
+        ("one loop for all helps", "maml", "per-task", "end"),
+    ],
+}  # fmt: skip
+
+
+def scores(run: compare.Run) -> np.ndarray:
+    """The accuracy of the claim: adapted where there are environments to adapt to, else plain."""
+    adapted = run.log["accuracy_adapted"]
+    use = "environments" in run.dataset and not np.isnan(adapted).all()
+    return adapted if use else run.log["accuracy"]
+
+
+def measure(run: compare.Run, other: compare.Run, count: str) -> tuple[float, bool]:
+    """The value of one seed, and whether it is censored: `run` never got there."""
+    mine, others = scores(run), scores(other)
+    if count in ("end", "equal FLOPs"):
+        axis = "flops" if count == "equal FLOPs" else "total_step"
+        at = min(run.log[axis][-1], other.log[axis][-1])
+        a, b = (np.interp(at, r.log[axis], y) for r, y in ((run, mine), (other, others)))
+        return 100 * (a - b), False
+    x = compare.first_for_good(run.log[count], mine, others[-1])
+    return (run.log[count][-1] if np.isnan(x) else x) / other.log[count][-1], bool(np.isnan(x))
+
+
+def judge(values: np.ndarray, censored: np.ndarray, null: float, less: bool) -> tuple[str, str]:
+    """-> "mean ± half width", and supported, refuted or undecided, at 95%, of values [seeds].
+
+    A censored seed counts with its whole budget: too good for the arm. So one of them forbids
+    "supported"; and if all are, that refutes from five seeds on, below them it decides nothing: two
+    arms that are the same are both below in all of n seeds in a share of about 1 / 2^n.
+    """
+    mean, half = (float(x) for x in compare.mean_interval(values))
+    good, bad = (mean + half < null, mean - half > null)[:: 1 if less else -1]
+    word = "supported" if good and not censored.any() else "undecided"
+    if (bad and not censored.any()) or (censored.all() and len(values) >= 5):
+        word = "refuted"
+    return f"{mean:.2f} ± {half:.2f}", word
+
+
+def verdicts(names: str, arms: dict[str, list[compare.Run]]) -> str:
+    """The table of all questions that the runs answer."""
+    rows = [
+        "| question | arm | against | counted in | value | censored | verdict |",
+        "|---" * 7 + "|",
+    ]
+    for question, arm, against, count in QUESTIONS[names]:
+        others = {run.seed: run for run in arms.get(against, [])}
+        pairs = [(run, others[run.seed]) for run in arms.get(arm, []) if run.seed in others]
+        if len(pairs) < 2:
+            continue
+        values, censored = (
+            np.array(x) for x in zip(*(measure(*p, count) for p in pairs), strict=True)
+        )
+        ratio = count in ("total_step", "step", "flops")
+        value, word = judge(values, censored, 1.0 if ratio else 0.0, less=ratio)
+        about = [question, arm, against, count, value, f"{censored.sum()} of {len(pairs)}", word]
+        rows.append(f"| {' | '.join(about)} |")
+    return "\n".join(rows)
+
+
+def simulate(seeds: int, draws: int = 10_000, spread: float = 0.01) -> float:
+    """How often two arms that are the same get a verdict other than "undecided" in "end"."""
+    rng = np.random.default_rng(0)
+    values = 100 * spread * (rng.standard_normal((2, draws, seeds)) * [[[1]], [[-1]]]).sum(0)
+    none = np.zeros(seeds, bool)
+    return np.mean([judge(v, none, 0.0, less=False)[1] != "undecided" for v in values])
+
+
+# --- what is measured after training ---
+def write_environments(folder: Path, train: tuple, test: tuple) -> None:
+    """A folder of PNG files, train/CLASS/ENVIRONMENT/, with other shares than coloured_shapes."""
+    for split, shares, count, seed in (("train", train, 5000, 0), ("test", test, 1256, 1)):
+        drawn = pretext.draw_coloured_shapes(count, shares, seed)
+        for i, (image, label, environment) in enumerate(zip(*drawn, strict=True)):
+            place = folder / split / f"class{label}" / f"environment{environment}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+
+
+def ceilings() -> tuple[list[float], list[float]]:
+    """Accuracy (%) in each environment of an oracle that sees shape and colour: fitted on both
+    training environments together, and fitted on the environment itself."""
+    train = [x.flatten() for x in pretext.coloured_labels(5000, (0.8, 0.1), 0)]
+    test = pretext.coloured_labels(1256, (0.8, 0.1, 0.9), 1)
+
+    def rule(shape, colour, label):  # -> the more frequent label of each of the four kinds
+        return np.array([label[2 * shape + colour == kind].mean() > 0.5 for kind in range(4)])
+
+    blind, knowing = [], []
+    for shape, colour, label in zip(*test, strict=True):
+        for found, fitted in ((blind, rule(*train)), (knowing, rule(shape, colour, label))):
+            found.append(100 * np.mean(fitted[2 * shape + colour] == label))
+    return blind, knowing
+
+
+def load_run(folder: Path) -> tuple:
+    """-> arguments, data, pretext tasks and averaged model of a finished run."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    args = argparse.Namespace(**state["config"])
+    data = pretext.load(args.dataset, args.data_dir, args.image_size, "cpu")
+    data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
+    tasks = {name: pretext.TASKS[name](data.images) for name in getattr(args, "pretext", [])}
+    heads = {name: task.make_head for name, task in tasks.items()}
+    model = maml_ssl.make_model({"target": maml_ssl.classifier(data.classes)} | heads, args)
+    averaged = {n.removeprefix("module."): w for n, w in state["averaged"].items()}
+    model.load_state_dict({name: averaged[name] for name in model.state_dict()})
+    return args, data, tasks, model
+
+
+def by_environment(args, data, tasks, model, support: str, lr: float, steps: int) -> list[float]:
+    """Accuracy in each environment of the test set, after adapting to `support`.
+
+    own: images of the environment. other: of the one that differs most. shuffled: own, red and
+    green exchanged in half of them, so that colour says nothing of shape. none: unadapted.
+    """
+    params, found = dict(model.named_parameters()), []
+    groups = (
+        [tasks]
+        if args.arm != "maml_ssl" or args.inner == "joint"
+        else [{t: tasks[t]} for t in tasks]
+    )
+    for environment, (scored, images, mask, *rest) in enumerate(
+        pretext.adaptations(data, False, 0)
+    ):
+        if support == "other":
+            mask = data.unlabelled[1 if environment != 1 else len(data.unlabelled) - 1][1]
+        if support == "shuffled":
+            half = torch.arange(len(images))[:, None, None, None] % 2 == 0
+            images = torch.where(half, images[:, [1, 0, 2]], images)
+        votes = 0.0
+        for group in groups if support != "none" else [{}]:
+            adapted = params
+            if group:
+                batches = pretext.batches(group, args.seed, "evaluation", 0, images, mask, *rest)
+                loss = maml_ssl.pretext_loss(model, group, batches)
+                adapted, _ = maml_ssl.adapt(loss, params, lr, steps, first_order=True)
+            votes = votes + maml_ssl.predict(model, adapted, data.test_images[scored])
+        found.append(maml_ssl.accuracy(votes, data.test_labels[scored]))
+    return found
+
+
+RATES = [(lr, steps) for lr in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0) for steps in (1, 3, 10)]
+
+
+def measure_support(out: Path, tuned: Path) -> list[list]:
+    """Rows of environments_support.csv: run, seed, support, inner_lr, inner_steps, accuracies.
+
+    Joint training is adapted at the rate and steps that are best for the tuned run on validation.
+    """
+    trial = load_run(tuned)
+    best = max(RATES, key=lambda how: np.mean(by_environment(*trial, "own", *how)))
+    rows = []
+    for folder in sorted(out.glob("*/seed*")):
+        args, *rest = load_run(folder)
+        inner = (args.inner_lr, args.inner_steps) if getattr(args, "inner_lr", 0) else best
+        kinds = ("none", "own", "other", "shuffled") if rest[1] else ("none",)
+        for kind in kinds:
+            accuracies = by_environment(args, *rest, kind, *inner)
+            rows.append([args.name, args.seed, kind, *inner, *(f"{x:.4f}" for x in accuracies)])
+    return rows
 
 
 # --- running ---

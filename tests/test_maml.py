@@ -1,7 +1,8 @@
-"""The meta-gradient against closed forms, finite differences and plain autograd; the controls."""
+"""The outer gradient against closed forms, finite differences and loops by hand; evaluation."""
 
-import argparse
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,325 +13,372 @@ from torch.func import functional_call
 import maml_ssl
 import pretext
 
-# --- a quadratic: everything about it is known ---
+DRAW, DRAW_COLOURED = pretext.draw_shapes, pretext.draw_coloured_shapes
+
+
+# --- adapt, on losses about which everything is known ---
 
 
 def quadratic():
+    """-> A and b of the inner loss wAw / 2 - bw, c of the outer one |w - c|^2 / 2, and w_0."""
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
-    matrix = root @ root.T / 5  # symmetric: the Hessian of the inner loss
-    b, c, w = torch.randn(3, 5, generator=generator, dtype=torch.float64)
-    return matrix, b, c, w
+    return root @ root.T / 5, *torch.randn(3, 5, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("second_order", [True, False])
-def test_meta_gradient_of_a_quadratic_is_the_closed_form(steps, second_order):
-    matrix, b, c, w = quadratic()
-    lr, psi = 0.3, torch.tensor([2.0, -1.0], dtype=torch.float64)
-    value, gradient, _ = maml_ssl.meta_gradient(
-        lambda p: ((p["w"] - c) ** 2).sum() / 2 + p["psi"].pow(3).sum(),
-        lambda p: p["w"] @ matrix @ p["w"] / 2 - b @ p["w"],
-        {"w": w},
-        {"psi": psi},
-        lr,
-        steps,
-        second_order,
-    )
-    shrink = torch.eye(5, dtype=torch.float64) - lr * matrix  # w_{k+1} = shrink w_k + lr b
-    w_last = w
+@pytest.mark.parametrize("first_order", [False, True])
+def test_the_gradient_of_a_quadratic_is_the_closed_form(steps, first_order):
+    a, b, c, start = quadratic()
+    w, psi = start.clone().requires_grad_(), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    inner = lambda p: p["w"] @ a @ p["w"] / 2 - b @ p["w"]  # noqa: E731
+    adapted, before = maml_ssl.adapt(inner, {"w": w, "psi": psi}, 0.3, steps, first_order)
+    outer = ((adapted["w"] - c) ** 2).sum() / 2 + adapted["psi"].pow(3).sum() + 0.7 * before
+    outer.backward()
+    eye, last = torch.eye(5, dtype=torch.float64), start
+    shrink = eye - 0.3 * a
     for _ in range(steps):
-        w_last = shrink @ w_last + lr * b
-    jacobian = torch.linalg.matrix_power(shrink, steps) if second_order else torch.eye(5).double()
-    assert torch.allclose(gradient["w"], jacobian @ (w_last - c), atol=1e-12)
-    assert torch.allclose(gradient["psi"], 3 * psi**2, atol=1e-12)
-    assert torch.allclose(value, ((w_last - c) ** 2).sum() / 2 + psi.pow(3).sum(), atol=1e-12)
+        last = shrink @ last + 0.3 * b
+    jacobian = eye if first_order else torch.linalg.matrix_power(shrink, steps)
+    assert torch.allclose(adapted["w"], last, atol=1e-12)
+    assert torch.allclose(w.grad, jacobian @ (last - c) + 0.7 * (a @ start - b), atol=1e-12)
+    assert torch.allclose(psi.grad, 3 * psi**2, atol=1e-12)  # the inner loss does not know it
+    assert before.item() == pytest.approx(inner({"w": start}).item(), abs=1e-12)
 
 
-# --- a small network with smooth activations, the real pretext tasks, float64 ---
+def noisy(p, x=torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)):
+    """A loss that draws at random at each call, as dropout does."""
+    return (F.dropout(torch.tanh(x @ p["v"]), 0.5) @ p["w"]).pow(2).mean()
 
 
-class SmoothEncoder(nn.Module):
-    """[N, 3, 16, 16] -> [N, 4, 2, 2], with two derivatives everywhere."""
+def through(loss, steps, first_order, flat_memory, adapt):
+    """The gradients of v.sin + w.sin at the adapted weights + the loss before; the calls of it."""
+    torch.manual_seed(3)
+    v, w = torch.randn(6, 5, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    params, calls = {"v": v.requires_grad_(), "w": w.requires_grad_()}, []
+    watched = lambda p: calls.append(1) or loss(p)  # noqa: E731
+    torch.manual_seed(4)  # of the dropout
+    adapted, before = adapt(watched, params, 0.4, steps, first_order, flat_memory)
+    (sum(x.sin().sum() for x in adapted.values()) + before).backward()
+    return [p.grad for p in params.values()], len(calls)
 
-    channels = 4
 
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.Tanh(),
-            nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.Tanh(), nn.AvgPool2d(2),
-        )  # fmt: skip
+def by_hand(loss, params, lr, steps, first_order, _):
+    for k in range(steps):
+        value = loss(params)
+        before = value if k == 0 else before
+        v, w = torch.autograd.grad(value, [params["v"], params["w"]], create_graph=True)
+        v, w = (v.detach(), w.detach()) if first_order else (v, w)
+        params = {"v": params["v"] - lr * v, "w": params["w"] - lr * w}
+    return params, before
 
-    def forward(self, images):
-        return self.layers(images)
+
+@pytest.mark.parametrize("steps", [3, 4])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("loss", [noisy, lambda p: (p["v"].tanh() @ p["w"]).pow(2).mean()])
+def test_plain_and_flat_memory_equal_the_loop_by_hand_even_if_the_loss_draws(
+    loss, first_order, steps
+):
+    expected, once = through(loss, steps, first_order, False, by_hand)
+    for flat in False, True:
+        found, calls = through(loss, steps, first_order, flat, maml_ssl.adapt)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12), flat
+        assert calls > once if flat else calls == once == steps  # computed again, or kept
+
+
+# --- the outer loss: a small smooth network, the real pretext tasks, float64 ---
+
+TASKS = ("rotation", "colorization", "masked_autoencoding")
 
 
 class Smooth(nn.Module):
-    """Contrastive's head has a ReLU; this does as a smooth stand-in for a pretext task."""
+    """As maml_ssl's Model, with two derivatives everywhere and nothing rounded to float32."""
 
-    def make_head(self, channels):
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 6))
+    def __init__(self, heads):
+        super().__init__()
+        stem = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.Tanh()
+        rest = nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.Tanh(), nn.AvgPool2d(2)
+        self.encoder, self.heads = nn.Sequential(*stem, *rest), nn.ModuleDict(heads)
 
-    def make_batch(self, images, indices, generator):
-        return images, torch.randint(6, (len(images),), generator=generator)
-
-    def loss(self, outputs, targets):
-        return F.cross_entropy(outputs, targets)
-
-
-NAMES = ["rotation", "colorization", "masked_autoencoding"]
-
-
-def settings(**changed):
-    default = dict(inner_lr=0.4, inner_steps=1, first_order=False, pretext_weight=0.3)
-    default |= dict(seed=0, device="cpu", support="disjoint", support_batch_size=4, batch_size=10)
-    return argparse.Namespace(**{**default, **changed})
+    def forward(self, images, task="target"):
+        return self.heads[task](self.encoder(images))
 
 
 @pytest.fixture(scope="module")
 def problem():
-    """-> model, tasks, pool and the groups of one outer step: one task each, and all together."""
+    """-> model, tasks, the inner loops of one step: one for each task, and one for all."""
     torch.manual_seed(0)
-    pool = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
-    tasks = {name: pretext.TASKS[name](pool) for name in NAMES} | {"smooth": Smooth()}
-    encoder = SmoothEncoder()
-    heads = {name: task.make_head(encoder.channels) for name, task in tasks.items()}
+    pool = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
+    tasks = {name: pretext.TASKS[name](pool) for name in TASKS}
+    heads = {name: task.make_head(4) for name, task in tasks.items()}
     heads["target"] = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    model = maml_ssl.Model(encoder, heads).double()
-    index = torch.arange(10)  # 10 images over 4 tasks: shares of 3, 3, 2 and 2
-    images, labels = pool[index].double() / 255, index % 3
-    batches = maml_ssl.support_batches(
-        tasks, pool, (images, index), index, flip=True, step=0, args=settings()
-    )
-    batches = {t: (x.double(), y) for t, (x, y) in batches.items()}
-    shares = zip(batches.items(), images.tensor_split(4), labels.tensor_split(4), strict=True)
-    each = [({t: batch}, x, y) for (t, batch), x, y in shares]
-    return model, tasks, each, [(batches, images, labels)]
+    model, index = Smooth(heads).double(), torch.arange(4)
+    images, labels = torch.rand(10, 3, 16, 16, dtype=torch.float64), torch.arange(10) % 3
+    made = pretext.batches(tasks, 0, "pretext", 0, pool[:4].double() / 255, index)
+    batches = {t: (x.double(), y) for t, (x, y) in made.items()}
+    parts = zip(batches.items(), images.tensor_split(3), labels.tensor_split(3), strict=True)
+    each = [({t: batch}, x, y) for (t, batch), x, y in parts]  # shares of 4, 3 and 3 images
+    return model, tasks, {"per-task": each, "joint": [(batches, images, labels)]}
 
 
-def outer_loss_by_hand(model, tasks, groups, args, w=None, through=True):
-    """DESIGN's outer loss, by unrolling the inner loop in one graph: no code of maml_ssl."""
-    start = dict(model.named_parameters()) if w is None else w
-    total = sum(len(labels) for _, _, labels in groups)
-    loss = 0.0
-    for batches, images, labels in groups:
-        current = dict(start)
-        for k in range(args.inner_steps):
-            each = [
-                tasks[t].loss(functional_call(model, current, (x, t)), y)
-                for t, (x, y) in batches.items()
-            ]
+def unrolled(model, tasks, loops, beta, lr, steps, first_order=False, start=None):
+    """The outer loss of the method in one graph, by hand: no code of maml_ssl."""
+    total, count = 0.0, sum(len(labels) for *_, labels in loops)
+    for batches, images, labels in loops:
+        w = start or dict(model.named_parameters())
+        for k in range(max(1, steps)):
+            each = [tasks[t].loss(functional_call(model, w, (x, t)), y)
+                    for t, (x, y) in batches.items()]  # fmt: skip
             if k == 0:
-                loss = loss + args.pretext_weight * sum(each) / len(tasks)
-            inner = sum(each) / len(each)
-            moved = [n for n in current if not n.startswith("heads.target")]
-            grads = torch.autograd.grad(
-                inner, [current[n] for n in moved], create_graph=True, allow_unused=True
-            )
-            for name, g in zip(moved, grads, strict=True):
+                total = total + beta / len(loops) * sum(each) / len(each)
+            moved = [n for n in w if not n.startswith("heads.target") and steps]
+            gradient = moved and torch.autograd.grad(
+                sum(each) / len(each), [w[n] for n in moved], create_graph=True, allow_unused=True)  # fmt: skip
+            for name, g in zip(moved, gradient, strict=True):
                 if g is not None:
-                    step = g if through else g.detach()
-                    current[name] = current[name] - args.inner_lr * step
-        query = F.cross_entropy(functional_call(model, current, (images,)), labels)
-        loss = loss + len(labels) / total * query
-    return loss
+                    w = w | {name: w[name] - lr * (g.detach() if first_order else g)}
+        query = F.cross_entropy(functional_call(model, w, (images,)), labels)
+        total = total + len(labels) / count * query
+    return total
 
 
-def outer_gradient(model, tasks, groups, args):
+def gradient(model, loss):
+    """-> {name: gradient of the loss}, zeros where there is none."""
     model.zero_grad()
-    losses = maml_ssl.outer_gradient(model, tasks, groups, args)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return losses, {name: g.clone() for name, g in grads.items()}
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    pairs = zip(model.named_parameters(), grads, strict=True)
+    return {n: torch.zeros_like(p) if g is None else g.clone() for (n, p), g in pairs}
+
+
+def ours(model, tasks, loops, beta, **inner):
+    """-> {name: gradient}, of the parts that maml_ssl gives, put together as DESIGN does."""
+    total, count = 0.0, sum(len(labels) for *_, labels in loops)
+    for batches, images, labels in loops:
+        loss, before = maml_ssl.outer_loss(model, tasks, batches, images, labels, **inner)
+        total = total + len(labels) / count * loss + beta / len(loops) * before
+    return gradient(model, total)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("inner", ["per-task", "joint"])
-def test_meta_gradient_equals_central_finite_differences(problem, inner, steps):
-    model, tasks, each, joint = problem
-    groups, args = (joint if inner == "joint" else each), settings(inner_steps=steps)
-    _, gradient = outer_gradient(model, tasks, groups, args)
-    generator = torch.Generator().manual_seed(steps)
-    names = [*gradient, "all"]  # a random direction in each parameter tensor, and one in all
-    for name in names:
-        direction = {
-            n: torch.randn(p.shape, generator=generator).double() * (name in (n, "all"))
-            for n, p in model.named_parameters()
-        }
-        h, values = 2e-6, []
+def test_the_gradient_equals_central_finite_differences(problem, inner, steps):
+    model, tasks, loops = problem
+    found = ours(model, tasks, loops[inner], 0.3, lr=0.4, steps=steps)
+    generator, h = torch.Generator().manual_seed(steps), 2e-6
+    for name in [*found, "all"]:  # a random direction in each tensor, and one in all
+        direction = {n: torch.randn(g.shape, generator=generator).double() * (name in (n, "all"))
+                     for n, g in found.items()}  # fmt: skip
+        values = []
         for sign in (1, -1):
             w = {n: (p + sign * h * direction[n]).detach().requires_grad_()
                  for n, p in model.named_parameters()}  # fmt: skip
-            values.append(outer_loss_by_hand(model, tasks, groups, args, w).item())
-        numeric = (values[0] - values[1]) / (2 * h)
-        exact = sum((gradient[n] * direction[n]).sum() for n in gradient).item()
-        assert exact == pytest.approx(numeric, rel=2e-6, abs=2e-8), name
+            values.append(unrolled(model, tasks, loops[inner], 0.3, 0.4, steps, start=w).item())
+        exact = sum((g * direction[n]).sum() for n, g in found.items()).item()
+        assert exact == pytest.approx((values[0] - values[1]) / 2 / h, rel=2e-6, abs=2e-8), name
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("inner", ["per-task", "joint"])
-def test_the_recursion_equals_autograd_through_the_unrolled_loop(
-    problem, inner, first_order, steps
-):
-    model, tasks, each, joint = problem
-    groups = joint if inner == "joint" else each
-    args = settings(inner_steps=steps, first_order=first_order)
-    _, gradient = outer_gradient(model, tasks, groups, args)
-    model.zero_grad()
-    outer_loss_by_hand(model, tasks, groups, args, through=not first_order).backward()
-    for name, p in model.named_parameters():
-        assert torch.allclose(gradient[name], p.grad, rtol=1e-10, atol=1e-12), name
+def test_the_gradient_equals_that_of_the_unrolled_loop(problem, inner, first_order, steps):
+    model, tasks, loops = problem
+    found = ours(model, tasks, loops[inner], 0.3, lr=0.4, steps=steps, first_order=first_order)
+    loss = unrolled(model, tasks, loops[inner], 0.3, 0.4, steps, first_order)
+    for name, expected in gradient(model, loss).items():
+        assert torch.allclose(found[name], expected, rtol=1e-10, atol=1e-12), name
 
 
 def test_first_order_is_the_query_gradient_at_the_adapted_weights(problem):
-    model, tasks, each, _ = problem
-    args = settings(inner_steps=2, first_order=True, pretext_weight=0.0, batch_size=3)
-    _, gradient = outer_gradient(model, tasks, each[:1], args)
-    batches, images, labels = each[0]
-    w = maml_ssl.parameters(model, "encoder", "heads.rotation")
-    loss = maml_ssl.pretext_loss(model, tasks, batches)
-    adapted, _ = maml_ssl.adapt(loss, w, args.inner_lr, args.inner_steps)
-    name, h, values = "encoder.layers.0.weight", 1e-5, []
-    direction = torch.randn(adapted[name].shape, dtype=torch.float64)
-    for sign in (1, -1):
-        moved = adapted | {name: adapted[name] + sign * h * direction}
-        with torch.no_grad():
-            logits = functional_call(model, moved, (images,))
-        values.append(F.cross_entropy(logits, labels).item())
-    numeric = (values[0] - values[1]) / (2 * h)
-    assert (gradient[name] * direction).sum().item() == pytest.approx(numeric, rel=1e-6)
-    assert (
-        gradient["heads.rotation.2.weight"] == 0
-    ).all()  # trap 1: no gradient for a pretext head
+    model, tasks, loops = problem
+    batches, images, labels = loops["per-task"][0]
+    found = ours(model, tasks, loops["per-task"][:1], 0, lr=0.4, steps=2, first_order=True)
+    twin = copy.deepcopy(model)
+    sgd = torch.optim.SGD(twin.parameters(), 0.4)
+    for _ in range(2):
+        sgd.zero_grad()
+        tasks["rotation"].loss(twin(batches["rotation"][0], "rotation"), batches["rotation"][1]).backward()
+        sgd.step()
+    for name, expected in gradient(twin, F.cross_entropy(twin(images), labels)).items():
+        assert torch.allclose(found[name], expected, rtol=1e-10, atol=1e-12), name
+    assert not found["heads.rotation.2.weight"].any()  # trap 1: it would never learn
+    second = ours(model, tasks, loops["per-task"], 0, lr=0.4, steps=1)
+    assert all(g.any() for name, g in second.items())  # of pretext heads too, with beta = 0
 
 
-def test_second_order_gives_pretext_heads_a_gradient_without_pretext_weight(problem):
-    model, tasks, each, _ = problem
-    _, gradient = outer_gradient(model, tasks, each, settings(pretext_weight=0.0))
-    for name in ("rotation.2.weight", "colorization.0.weight"):
-        assert gradient[f"heads.{name}"].abs().max() > 0
+# --- main: the step and the evaluation that it hands to `train` ---
 
 
-def test_inner_lr_zero_is_joint_training(problem):
-    model, tasks, _, joint = problem
-    (batches, images, labels), args = joint[0], settings(inner_lr=0.0)
-    losses, gradient = outer_gradient(model, tasks, joint, args)
-    model.zero_grad()
-    each = {t: tasks[t].loss(model(x, t), y) for t, (x, y) in batches.items()}
-    target = F.cross_entropy(model(images), labels)
-    (target + args.pretext_weight * sum(each.values()) / len(each)).backward()
-    for name, p in model.named_parameters():
-        assert torch.allclose(gradient[name], p.grad, rtol=1e-12, atol=1e-14), name
-    assert losses["target"].item() == pytest.approx(target.item())
-    assert losses["rotation"].item() == pytest.approx(each["rotation"].item())
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """main(*flags) -> what `maml_ssl.main` gave to `train`, with `data`; nothing is trained."""
+    monkeypatch.setattr(pretext, "draw_shapes", lambda n, *rest: DRAW(n // 10, *rest))
+    monkeypatch.setattr(pretext, "draw_coloured_shapes", lambda n, *r: DRAW_COLOURED(n // 25, *r))
+    kept = {}
+
+    def train(run, phase, steps, model, backward, evaluate, args):
+        kept.update(model=model, backward=backward, evaluate=evaluate, args=args)
+
+    monkeypatch.setattr(maml_ssl, "train", train)
+
+    def call(*flags):
+        words = ["--width", "4", "--batch-size", "18", "--out", str(tmp_path), "--seed", "3"]
+        monkeypatch.setattr(sys, "argv", ["maml_ssl.py", *words, *map(str, flags)])
+        maml_ssl.main()
+        args = kept["args"]
+        data = pretext.load(args.dataset, "data", args.image_size, "cpu")
+        data = pretext.limit_labels(data, None, "test", 3)
+        tasks = {t: pretext.TASKS[t](data.images) for t in args.pretext}
+        return SimpleNamespace(**kept, data=data, tasks=tasks)
+
+    return call
 
 
-def test_inner_lr_zero_is_joint_training_whatever_the_groups(problem):
-    model, tasks, each, joint = problem
-    gradients = [outer_gradient(model, tasks, g, settings(inner_lr=0.0))[1] for g in (each, joint)]
-    for name in gradients[0]:
-        assert torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-10, atol=1e-12), name
+def loops_by_hand(m, step):
+    """What DESIGN says of a step: each environment's images are shared out among the tasks."""
+    images, labels, index = pretext.labelled_batch(m.data, step, 18, 3)
+    tasks = [[t] for t in m.tasks] if m.args.inner == "per-task" else [[*m.tasks]]
+    loops = []
+    for environment in range(int(m.data.environments.max()) + 1):
+        rows = [i for i in range(18) if m.data.environments[index[i]] == environment]
+        for group, share in zip(tasks, torch.tensor(rows).tensor_split(len(tasks)), strict=True):
+            support = images[share], index[share]
+            if m.args.support == "disjoint":
+                mask = m.data.environments == environment
+                mask[index] = False  # no image of the query
+                support = m.data.images, mask, m.args.support_batch_size, m.data.flip
+            chosen = {t: m.tasks[t] for t in group}
+            batches = pretext.batches(chosen, 3, "pretext", step, *support)
+            loops.append((batches, images[share], labels[share]))
+    return loops
 
 
-def test_no_pretext_work_and_no_inner_lr_is_supervised_training():
-    """Several AdamW steps: the parameters are equal to the bit."""
-    torch.manual_seed(0)
-    model = maml_ssl.Model(
-        SmoothEncoder(), {"target": nn.Sequential(nn.Flatten(), nn.Linear(16, 3))}
-    )
-    twin, args = copy.deepcopy(model), settings(inner_lr=0.0, pretext_weight=0.0, batch_size=6)
-    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, twin)]
-    for step in range(5):
-        images, labels = torch.rand(6, 3, 16, 16), torch.arange(6) % 3
+TWO = ("--pretext", "rotation", "masked_autoencoding", "--inner-lr", 0.1, "--support-batch-size", 6)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "coloured_shapes"])
+@pytest.mark.parametrize("flags", ["--inner per-task --inner-steps 2", "--inner joint",
+    "--inner per-task --support query", "--inner joint --first-order --flat-memory"])  # fmt: skip
+def test_a_step_of_main_adds_the_gradient_of_the_outer_loss(main, dataset, flags):
+    m = main("--dataset", dataset, *TWO, *flags.split())
+    loops, args = loops_by_hand(m, 5), m.args
+    assert len(loops) == (1 + ("per-task" in flags)) * (1 + (dataset != "shapes"))
+    loss = unrolled(m.model, m.tasks, loops, 0.3, 0.1, args.inner_steps, args.first_order)
+    expected = gradient(m.model, loss)
+    bare = unrolled(m.model, m.tasks, loops, 0, 0.1, args.inner_steps).item()
+    m.model.zero_grad()
+    value, seen, labelled = m.backward(5)
+    assert value == pytest.approx(bare, rel=1e-5) and labelled == 18
+    shown = sum(len(x) for batches, *_ in loops for x, _ in batches.values())
+    assert seen == 18 + args.inner_steps * shown
+    for name, p in m.model.named_parameters():
+        assert (p.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
+
+
+def test_inner_lr_zero_is_joint_training(main):
+    m = main(*TWO, "--inner-lr", 0, "--pretext-weight", 0.5)
+    m.args.inner = "joint"  # the same, whatever the groups
+    ((batches, images, labels),) = loops_by_hand(m, 0)
+    each = [m.tasks[t].loss(m.model(x, t), y) for t, (x, y) in batches.items()]
+    expected = gradient(m.model, F.cross_entropy(m.model(images), labels) + 0.5 * sum(each) / 2)
+    m.model.zero_grad()
+    m.backward(0)
+    for name, p in m.model.named_parameters():
+        assert torch.allclose(p.grad, expected[name], rtol=1e-5, atol=1e-8), name
+
+
+def test_inner_lr_zero_and_weight_zero_is_supervised_training_to_the_bit(main):
+    m = main("--inner-lr", 0, "--pretext-weight", 0)
+    twin = copy.deepcopy(m.model)
+    optimizers = [torch.optim.AdamW(x.parameters(), 1e-2) for x in (m.model, twin)]
+    for step in range(4):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        maml_ssl.outer_gradient(model, {}, [({}, images, labels)], args)
+        assert m.backward(step)[1:] == (18, 18)  # no pretext work is done
+        images, labels, _ = pretext.labelled_batch(m.data, step, 18, 3)
         F.cross_entropy(twin(images), labels).backward()
         for optimizer in optimizers:
             optimizer.step()
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            assert torch.equal(p, q), step
+        assert all(map(torch.equal, m.model.parameters(), twin.parameters())), step
 
 
-def test_a_batch_given_twice_adds_up_as_backward_does(problem):
-    model, tasks, each, _ = problem
-    _, once = outer_gradient(model, tasks, each, settings())
-    maml_ssl.outer_gradient(model, tasks, each, settings())
-    for name, p in model.named_parameters():
-        assert torch.allclose(p.grad, 2 * once[name], rtol=1e-12)
-
-
-# --- the batches ---
-
-
-class Spy(Smooth):
-    """A pretext task that keeps what it was shown."""
-
-    def make_batch(self, images, indices, generator):
-        self.seen = images, indices
-        return images, torch.zeros(len(images), dtype=torch.int64)
-
-
-def test_support_batches_hold_no_image_of_the_query_and_are_each_task_s_own():
-    pool = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 16, 16)
-    taken, args = torch.arange(0, 40, 2)[:12], settings(support_batch_size=20)
-    tasks = {"rotation": Spy(), "contrastive": Spy()}
-    drawn = []
-    for step in range(3):
-        maml_ssl.support_batches(tasks, pool, (None, None), taken, True, step, args)
-        for spy in tasks.values():
-            images, index = spy.seen
-            assert len({*index.tolist()}) == 20 and not {*index.tolist()} & {*taken.tolist()}
-            shown = (images.amax((1, 2, 3)) * 255).round().long()  # zeros may be shifted in
-            assert torch.equal(shown, index)  # the images are those that the indices name
-            drawn.append(tuple(index.tolist()))
-    assert len({*drawn}) == 6  # no two tasks, no two steps alike
-
-
-def test_support_query_adapts_to_the_very_images_of_the_share():
-    images, index, spy = torch.rand(5, 3, 16, 16), torch.tensor([3, 1, 4, 15, 9]), Spy()
-    args = settings(support="query")
-    maml_ssl.support_batches({"rotation": spy}, None, (images, index), index, True, 0, args)
-    assert spy.seen[0] is images and spy.seen[1] is index
-
-
-# --- evaluation after adapting ---
-
-
-def test_predict_adapted_is_the_mean_over_tasks_of_predictions_after_plain_sgd(problem):
-    model, tasks, *_ = problem
-    model = copy.deepcopy(model).float()
-    tasks, args = {t: tasks[t] for t in ("rotation", "smooth")}, settings(inner_steps=2)
-    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
-    support = images[:6], torch.arange(6)
-    groups = [{t: task} for t, task in tasks.items()]
-    before = copy.deepcopy(model.state_dict())
-    found = maml_ssl.predict_adapted(model, groups, support, images, args)
-    expected = 0
-    for name, task in tasks.items():
-        twin = copy.deepcopy(model)
-        draw = maml_ssl.rng(0, f"evaluation {name}")
-        x, y = task.make_batch(support[0] / 255, support[1], draw)
-        sgd = torch.optim.SGD([*twin.encoder.parameters(), *twin.heads[name].parameters()], 0.4)
-        for _ in range(2):
-            sgd.zero_grad()
-            task.loss(twin(x, name), y).backward()
+def adapted_by_hand(m, model, group, batches):
+    """-> a copy of the model after K plain SGD steps on the mean loss; the loss before and after"""
+    twin, losses = copy.deepcopy(model), []
+    sgd = torch.optim.SGD(twin.parameters(), m.args.inner_lr)
+    for _ in range(m.args.inner_steps + 1):
+        sgd.zero_grad()
+        loss = sum(m.tasks[t].loss(twin(batches[t][0], t), batches[t][1]) for t in group)
+        losses.append(loss / len(group))
+        if len(losses) <= m.args.inner_steps:
+            losses[-1].backward()
             sgd.step()
-        expected = expected + twin(images / 255).softmax(1).detach() / 2
-    assert torch.allclose(found, expected, atol=1e-6)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # left as it was
+    return twin, losses[0].item(), losses[-1].item()
 
 
-def test_transductive_evaluation_adapts_to_each_batch_alone(problem):
-    model, tasks, *_ = problem
-    model, groups = copy.deepcopy(model).float(), [{"smooth": tasks["smooth"]}]
-    images, args = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8), settings(batch_size=4)
-    whole = maml_ssl.predict_adapted(model, groups, None, images, args)
-    for part, rows in zip(images.split(4), whole.split(4), strict=True):
-        alone = maml_ssl.predict_adapted(model, groups, None, part, args)
-        assert torch.allclose(alone, rows, atol=1e-6)
-    support = images[:4], torch.arange(4)
-    assert not torch.allclose(
-        maml_ssl.predict_adapted(model, groups, support, images, args)[4:], whole[4:], atol=1e-6
-    )
+@pytest.mark.parametrize("inner", ["per-task", "joint"])
+@pytest.mark.parametrize("support", ["disjoint", "query"])
+def test_evaluation_is_the_mean_of_predictions_after_sgd(main, monkeypatch, inner, support):
+    """On the set-aside training images; with --support query on each test batch, alone."""
+    m = main(*TWO, "--inner", inner, "--support", support, "--inner-steps", 2, "--inner-lr", 0.5)
+    monkeypatch.setattr(maml_ssl, "accuracy", lambda probabilities, labels: probabilities)
+    torch.manual_seed(1)
+    other = copy.deepcopy(m.model)  # the average of the weights, which main has to look at
+    for p in other.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    plain, adapted, before, after = m.evaluate(other)
+    (pool, mask), test = m.data.unlabelled[0], m.data.test_images
+    assert pool.equal(m.data.images) and mask.sum() == min(256, len(pool))
+    jobs = [(test, pool, mask, len(mask), m.data.flip)]
+    if support == "query":
+        jobs = [(x, x / 255, torch.arange(len(x))) for x in test.split(18)]
+    groups, losses, votes = [TASKS[::2]] if inner == "joint" else [["rotation"], [TASKS[2]]], [], []
+    for images, *job in jobs:
+        batches = pretext.batches(m.tasks, 3, "evaluation", 0, *job)
+        twins = [adapted_by_hand(m, other, group, batches) for group in groups]
+        losses += [twin[1:] for twin in twins]
+        votes.append(sum(twin(images / 255).softmax(1) for twin, *_ in twins) / len(groups))
+    assert torch.allclose(plain, other(test / 255).softmax(1), atol=1e-6)
+    assert torch.allclose(adapted / adapted.sum(1, keepdim=True), torch.cat(votes), atol=1e-5)
+    assert (plain - torch.cat(votes)).abs().max() > 0.01  # adapting does something
+    assert (before, after) == pytest.approx(torch.tensor(losses).mean(0).tolist(), rel=1e-4)
+
+
+# --- environments: a case made by hand, in which only the support tells the label ---
+
+
+class Signed(nn.Module):
+    """Predicts `bright` or `dark`, whichever the sign of its one weight s says; s = 0 at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images, task="target"):
+        red = images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+        bright = images[:, 1].mean((1, 2)) - 0.5
+        return self.s * (torch.stack((-bright, bright), 1) if task == "target" else red)
+
+
+def test_each_environment_is_adapted_to_by_its_own_images(main, monkeypatch):
+    """Label: bright in the red environment, dark in the blue one. Another's support is wrong."""
+    shown = torch.arange(40) % 2, torch.arange(40) // 20  # bright?, environment
+    images = torch.full((40, 3, 8, 8), 100, dtype=torch.uint8)
+    images[:, 1] += (60 * shown[0] - 10)[:, None, None].byte() + 20
+    images[torch.arange(40), 2 * shown[1]] = 200
+    split = images, shown[0] ^ shown[1], shown[1]
+    data = pretext.limit_labels(pretext.Data(*split, *split, flip=True), None, "test", 0)
+    tint = SimpleNamespace(loss=lambda outputs, targets: -outputs.mean(), make_head=None,
+                           make_batch=lambda images, indices, generator: (images, None))  # fmt: skip
+    monkeypatch.setattr(pretext, "limit_labels", lambda *_: data)
+    monkeypatch.setitem(pretext.TASKS, "rotation", lambda pool: tint)
+    monkeypatch.setattr(maml_ssl, "make_model", lambda *_: Signed())
+    m = main("--pretext", "rotation", "--inner-lr", 1)
+    assert len(data.test_labels) == 20  # half of each environment is set aside
+    assert m.evaluate(m.model)[1] in (0.0, 1.0)
+    right = m.evaluate(m.model)[1]
+    swapped = data._replace(unlabelled=data.unlabelled[::-1])
+    monkeypatch.setattr(pretext, "limit_labels", lambda *_: swapped)
+    m = main("--pretext", "rotation", "--inner-lr", 1)
+    assert {right, m.evaluate(m.model)[1]} == {0.0, 1.0}
