@@ -10,6 +10,7 @@ are folders of images in data/.
 """
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
@@ -18,10 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+SUPPORT = "environments_support.csv"  # accuracies by environment, after training
 sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 import maml_ssl  # noqa: E402
@@ -86,31 +91,32 @@ TRIALS = {
     "fine-tuned": ("pretrain_finetune.py", PRETRAINING),
     "probed": ("linear_probe.py", PRETRAINING),
 }
+TUNED_JOINT = "joint-0"
 CHOSEN = dict.fromkeys(TRIALS, "")  # the best of the trials; results/tune.csv holds all of them
 SETTINGS = {name: f"{arm} {SHAPES} {CHOSEN[name]}" for name, (arm, _) in TRIALS.items()}
 # A folder with other environments (`write_environments`), else as coloured_shapes
 FOLDER = "--image-size 16 --width 8 --batch-size 128 --steps 600 --dataset data/coloured"
-SHARES = {"90-10-80": ((0.9, 0.1), (0.9, 0.1, 0.8)), "80-40-90": ((0.8, 0.4), (0.8, 0.4, 0.9))}
+OTHERS = {"90-10-80": ((0.9, 0.1), (0.9, 0.1, 0.8)), "80-40-90": ((0.8, 0.4), (0.8, 0.4, 0.9))}
+WHERE = {f"support-{n}": f"{SETTINGS['maml']} --support-batch-size {n}" for n in (8, 128)}
+WHERE["steps-3"] = f"{SETTINGS['maml']} --inner-steps 3"
+for other in OTHERS:
+    adapting = f"maml_ssl.py --inner joint --inner-lr 1 {CHOSEN['maml']}"
+    WHERE[f"maml-{other}"] = f"{adapting} {FOLDER}-{other}"
+    WHERE[f"scratch-{other}"] = f"{TRIALS['scratch'][0]} {CHOSEN['scratch']} {FOLDER}-{other}"
+ALONE = {t: f"{SETTINGS['colorization']} --pretext {t}" for t in PRETEXT.split()}
+ALONE |= {"per-task": f"{SETTINGS['maml']} --inner per-task"}
+TUNE = {
+    f"{name}-{i}": f"{arm} {SHAPES} --eval-on val {flags}"
+    for name, (arm, trials) in TRIALS.items()
+    for i, flags in enumerate(trials)
+}
 PROTOCOLS = {
     "cpu": (range(5), {name: f"{arm} {CIFAR}" for name, arm in ARMS.items()}),
     "controls": (range(5), {name: f"{arm} {CIFAR}" for name, arm in CONTROLS.items()}),
-    "tune": (range(100, 101), {
-        f"{name}-{i}": f"{arm} {SHAPES} --eval-on val {flags}"
-        for name, (arm, trials) in TRIALS.items() for i, flags in enumerate(trials)
-    }),
-    "environments": (range(5), SETTINGS | {
-        "per-task": f"{SETTINGS['maml']} --inner per-task",
-        **{task: f"{SETTINGS['colorization']} --pretext {task}"
-           for task in PRETEXT.split() if task != "colorization"},
-    }),
-    "where": (range(3), {
-        **{f"support-{n}": f"{SETTINGS['maml']} --support-batch-size {n}" for n in (8, 128)},
-        "steps-3": f"{SETTINGS['maml']} --inner-steps 3",
-        **{f"{name}-{shares}": f"{arm} {CHOSEN[name]} {FOLDER}-{shares}" + " --inner joint" * inner
-           for shares in SHARES for name, arm, inner in (
-               ("maml", "maml_ssl.py --inner-lr 1", True), ("scratch", TRIALS["scratch"][0], False))},
-    }),
-}  # fmt: skip
+    "tune": (range(100, 101), TUNE),
+    "environments": (range(5), ALONE | SETTINGS),
+    "where": (range(3), WHERE),
+}
 
 # --- what is asked, and how it is judged: {question: (arm, against, counted in)} ---
 # total_step, step, flops: where the arm has for good what the other ends with, over all that the
@@ -147,6 +153,15 @@ QUESTIONS = {
         ("one loop for all helps", "maml", "per-task", "end"),
     ],
 }  # fmt: skip
+
+
+# %, mean over the three environments: the most that a rule for one image, and one that knows the
+# environment too, can reach, where a quarter of the labels is flipped and colour agrees in 80, 10, 90%
+CEILINGS = (75.0, 86.7)
+# What MAML, adapted to its own environment, is compared with, at the end, mean over environments
+OTHER_SUPPORTS = [("maml", "none"), ("maml", "other"), ("maml", "shuffled"), ("joint", "none")]
+OTHER_SUPPORTS += [("joint", "own"), ("first-order", "own"), ("random-labels", "own")]
+OTHER_SUPPORTS += [("scratch", "none"), ("fine-tuned", "none"), ("probed", "none")]
 
 
 def scores(run: compare.Run) -> np.ndarray:
@@ -202,14 +217,6 @@ def verdicts(names: str, arms: dict[str, list[compare.Run]]) -> str:
         about = [question, arm, against, count, value, f"{censored.sum()} of {len(pairs)}", word]
         rows.append(f"| {' | '.join(about)} |")
     return "\n".join(rows)
-
-
-def simulate(seeds: int, draws: int = 10_000, spread: float = 0.01) -> float:
-    """How often two arms that are the same get a verdict other than "undecided" in "end"."""
-    rng = np.random.default_rng(0)
-    values = 100 * spread * (rng.standard_normal((2, draws, seeds)) * [[[1]], [[-1]]]).sum(0)
-    none = np.zeros(seeds, bool)
-    return np.mean([judge(v, none, 0.0, less=False)[1] != "undecided" for v in values])
 
 
 # --- what is measured after training ---
@@ -328,6 +335,156 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
         return sum(pool.map(start, todo))
 
 
+def gather(name: str, out: Path) -> None:
+    """The rows of a protocol's logs -> results/NAME.csv, and what is measured after training."""
+    rows = []
+    for log in sorted((out / name).glob("*/seed*/metrics.csv")):
+        run, seed = log.parts[-3], log.parts[-2].removeprefix("seed")
+        rows += [[run, seed, *line.split(",")] for line in log.read_text().splitlines()[1:]]
+    write(f"{name}.csv", ["run", "seed", *maml_ssl.COLUMNS], rows)
+    if name == "environments":
+        head = ["run", "seed", "support", "inner_lr", "inner_steps", "80%", "10%", "90% (new)"]
+        tuned = out / "tune" / TUNED_JOINT / "seed100"
+        write(SUPPORT, head, measure_support(out / name, tuned))
+
+
+def write(name: str, head: list[str], rows: list[list]) -> None:
+    with open(RESULTS / name, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+
+
+# --- figures and tables: all of them from the CSV files ---
+NAMES = {
+    "maml": "MAML",
+    "joint": "joint training",
+    "scratch": "from scratch",
+    "fine-tuned": "fine-tuned",
+    "probed": "probed",
+}
+COLOURS = dict(zip(NAMES, ("#0072B2", "#CC79A7", "#000000", "#D55E00", "#009E73"), strict=True))
+
+
+def draw_answer(one: dict, several: dict, column: str, path: Path) -> None:
+    """Accuracy against `column`, two panels: one distribution, and several environments."""
+    titles = ("images of one distribution\n(CIFAR-10)", "several environments\n(coloured shapes)")
+    with rc_context(compare.STYLE):
+        figure = Figure((7.2, 2.9), layout="constrained")
+        for ax, arms, title in zip(figure.subplots(1, 2), (one, several), titles, strict=True):
+            ends, adapted = [], "accuracy_adapted" if arms is several else "accuracy"
+            for name, label in NAMES.items():
+                y = adapted if name == "maml" else "accuracy"
+                label += ", adapted" * (y == "accuracy_adapted")
+                ends += compare.draw(ax, {label: arms[name]}, column, y, {label: COLOURS[name]})
+            if arms is several:
+                for height, what in zip(CEILINGS, ("one image", "the environment"), strict=True):
+                    ax.axhline(height, color="0.5", lw=0.8, ls=":")
+                    text = f"the most that a rule that knows {what} reaches"
+                    ax.text(0, height + 0.4, text, size=6, color="0.3")
+            ax.set(title=title, ylabel="test accuracy (%)")
+            compare.label_ends(ax, ends)
+        figure.savefig(path.with_suffix(".png"), dpi=300)
+        figure.savefig(path.with_suffix(".pdf"))
+
+
+def draw_step(path: Path) -> None:
+    """One outer step: support, inner loop, query, and the way of the gradient back."""
+    inside, outside, both = "#DCEAF5", "#FBE6D4", "#E3EFE3"
+    boxes = {  # name: (x, y, text, colour)
+        "support": (0, 1, "support images\nno labels", inside),
+        "pretext": (1.1, 1, "pretext task t makes\ninputs and targets", inside),
+        "loop": (
+            2.3,
+            1,
+            "inner loop, K times\n$w_{k+1} = w_k - \\alpha\\, \\nabla L_t(w_k)$",
+            inside,
+        ),
+        "query": (0, 0, "query images\nwith labels", outside),
+        "model": (1.1, 0, "encoder and classifier\nwith the weights $w_K$", outside),
+        "entropy": (2.3, 0, "cross-entropy of\nthe desired task", outside),
+        "loss": (3.4, 0.5, "outer loss:\ncross-entropy\n$+\\ \\beta\\, L_t(w_0)$", both),
+    }
+    figure = Figure((7.2, 2.5), layout="constrained")
+    ax = figure.subplots()
+    ax.set(xlim=(-0.4, 3.75), ylim=(-0.3, 1.6))
+    ax.axis("off")
+    drawn = {}
+    for name, (x, y, text, colour) in boxes.items():
+        look = {"boxstyle": "round,pad=0.5", "fc": colour, "ec": "0.3", "lw": 0.8}
+        drawn[name] = ax.text(x, y, text, ha="center", va="center", size=8, bbox=look)
+    figure.draw_without_rendering()  # settles how large the boxes are
+
+    def arrow(start, end, colour="0.3", style="arc3"):
+        look = {"arrowstyle": "-|>", "color": colour, "lw": 1.2, "connectionstyle": style}
+        look |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        ax.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=look)
+
+    for pair in ("support pretext", "pretext loop", "query model", "model entropy"):
+        arrow(*pair.split())
+    for pair in ("loop model", "loop loss", "entropy loss"):
+        arrow(*pair.split())
+    arrow("loss", "loop", "#D55E00", "arc3,rad=0.5")
+    back = "the gradient goes back through the inner loop,\nto the weights $w_0$: second order"
+    ax.text(3.75, 1.4, back, size=7.5, color="#D55E00", ha="right")
+    figure.savefig(path.with_suffix(".png"), dpi=300)
+    figure.savefig(path.with_suffix(".pdf"))
+
+
+def read_support(path: Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+    """-> (run, what it is adapted to): seed -> accuracy (%) in each environment, [3]."""
+    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    _, *rows = csv.reader(path.open())
+    for run, seed, support, _, _, *accuracies in rows:
+        found.setdefault((run, support), {})[int(seed)] = 100 * np.array(accuracies, float)
+    return found
+
+
+def support_tables(found: dict) -> str:
+    """By run and support: accuracy (%) in each environment, mean, worst; then the verdicts."""
+    lines = ["| arm | adapted to | 80% | 10% | 90%, new | mean | worst |", "|---" * 7 + "|"]
+    for (run, support), by_seed in found.items():
+        values = np.array([*by_seed.values()])  # [seeds, 3]
+        mean, half = compare.mean_interval(values.mean(1))
+        cells = [f"{x:.1f}" for x in values.mean(0)]
+        cells += [f"{mean:.1f} ± {half:.1f}", f"{values.min(1).mean():.1f}"]
+        lines.append(f"| {' | '.join([run, support, *cells])} |")
+    lines += ["", "| question | value | verdict |", "|---" * 3 + "|"]
+    maml = found["maml", "own"]
+    asked = {f"more than {CEILINGS[0]}, mean": ([x.mean() for x in maml.values()], CEILINGS[0])}
+    asked[f"more than {CEILINGS[0]}, worst"] = ([x.min() for x in maml.values()], CEILINGS[0])
+    for other in OTHER_SUPPORTS:
+        paired = [(maml[seed], found[other][seed]) for seed in maml if seed in found[other]]
+        asked[f"better than {', '.join(other)}"] = ([(x - y).mean() for x, y in paired], 0.0)
+    for question, (values, null) in asked.items():
+        value, word = judge(np.array(values), np.zeros(len(values), bool), null, less=False)
+        lines.append(f"| {question} | {value} | {word} |")
+    way = (np.mean([*maml.values()]) - CEILINGS[0]) / (CEILINGS[1] - CEILINGS[0])
+    lines.append(f"| how much of the way from {CEILINGS[0]} to {CEILINGS[1]} | {way:.0%} | |")
+    return "\n".join(lines)
+
+
+def report() -> None:
+    """Draws every figure; prints every table and verdict and writes them to report.md."""
+    groups = {}
+    for path in RESULTS.glob("*.csv"):
+        groups |= compare.group(compare.read([path])) if "support" not in path.stem else {}
+    one, several = groups["cpu"] | groups["controls"], groups["environments"]
+    parts = []
+    for names, arms in (("cpu controls", one), ("environments", several)):
+        parts += [f"## {names}", compare.table(arms, "fine-tuned"), verdicts(names, arms)]
+    for name in ("tune", "where"):
+        parts += [f"## {name}", compare.table(groups[name], None)]
+    parts += ["## adapted to what", support_tables(read_support(RESULTS / SUPPORT))]
+    blind, knowing = ceilings()
+    parts.append(f"""An oracle that sees shape and colour of the test images: {np.mean(blind):.1f}%
+(worst {min(blind):.1f}%); one that knows the environment too: {np.mean(knowing):.1f}%.""")
+    text = "\n\n".join(parts) + "\n"
+    (RESULTS / "report.md").write_text(text, encoding="utf-8")
+    draw_answer(one, several, "total_step", RESULTS / "steps")
+    draw_answer(one, several, "flops", RESULTS / "flops")
+    draw_step(RESULTS / "outer_step")
+    print(text, end="")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("run", "gather", "report"))
@@ -338,6 +495,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "run":
         sys.exit(run_protocol(args.protocol, args.out, args.jobs, args.only) > 0)
+    elif args.what == "gather":
+        gather(args.protocol, Path(args.out))
+    else:
+        report()
 
 
 if __name__ == "__main__":

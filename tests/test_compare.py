@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -51,25 +50,21 @@ def table_of(root, baseline=None):
 
 
 def draw(root, column="total_step", **options):
-    """-> the axis with the curves, and the ends of the lines."""
     (arms,) = compare.group(compare.read([root])).values()
-    with rc_context(compare.STYLE):
-        ax = Figure(figsize=(4.2, 2.5), layout="constrained").subplots()
-        return ax, compare.draw(ax, arms, column, **options)
+    ax = Figure(figsize=(4.2, 2.5), layout="constrained").subplots()
+    return ax, compare.draw(ax, arms, column, **options)
 
 
 def label_edges(ax, ends):
     """Write the labels; -> bottom and top of each, from the lowest up, in pixels."""
     compare.label_ends(ax, ends)
     ax.figure.draw_without_rendering()
-    boxes = [Text.get_window_extent(text) for text in ax.texts]
-    return np.ravel(sorted((box.y0, box.y1) for box in boxes))
+    return np.sort([Text.get_window_extent(text).intervaly for text in ax.texts], axis=0).ravel()
 
 
-def test_t_values_are_the_published_ones_and_the_interval_that_by_hand():
-    for df, published in {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042}.items():  # NIST
-        assert compare.t_critical(df) == pytest.approx(published, abs=6e-4)
-    assert compare.t_critical(5, 0.99) == pytest.approx(4.032, abs=6e-4)
+def test_t_values_are_the_published_ones_and_the_interval_is_the_one_by_hand():
+    for df, level, t in [(1, 0.95, 12.706), (4, 0.95, 2.776), (30, 0.95, 2.042), (5, 0.99, 4.032)]:
+        assert compare.t_critical(df, level) == pytest.approx(t, abs=6e-4)  # t of NIST's handbook
     # 1, 2, 3: mean 2, standard deviation 1, half width 4.303 / sqrt(3) = 2.484
     assert compare.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2.484), abs=1e-3)
     assert np.isnan(compare.mean_interval([5.0])[1])
@@ -106,7 +101,7 @@ def test_each_seed_is_paired_with_the_baseline_of_its_own_seed(tmp_path):
     assert (table["lost"][STEPS], table["lost"]["ratio of steps"]) == ("1 of 2 seeds", "")
 
 
-def test_a_csv_of_results_and_run_directories_give_the_same_table_and_figure(tmp_path):
+def test_a_csv_of_results_and_run_directories_give_the_same_table(tmp_path):
     write_two_arms(tmp_path / "runs")
     lines = [f"run,seed,{COLUMNS}"]
     for path in sorted(tmp_path.rglob("metrics.csv")):
@@ -115,9 +110,8 @@ def test_a_csv_of_results_and_run_directories_give_the_same_table_and_figure(tmp
     (tmp_path / "shapes.csv").write_text("\n".join(lines) + "\n")
     for path in ("runs", "shapes.csv"):
         compare.main([str(tmp_path / path)])
-    for file in ("shapes.md", "shapes.png"):
-        assert (tmp_path / "runs" / file).read_bytes() == (tmp_path / file).read_bytes()
-    assert cells((tmp_path / "shapes.md").read_text())["maml_ssl"][STEPS] == "40 ± 0"
+    table = (tmp_path / "shapes.md").read_text()
+    assert table == (tmp_path / "runs" / "shapes.md").read_text() and "| 40 ± 0 " in table
 
 
 def test_the_baseline_is_the_one_fine_tuned_arm_or_the_one_named(tmp_path, capsys):
@@ -142,9 +136,8 @@ def test_each_dataset_has_its_figure_and_table_and_val_is_apart_from_test(tmp_pa
     for dataset, final in {"shapes": "60.0 ± 0.0", "my-own": "20.0", "shapes-val": "90.0"}.items():
         files = [tmp_path / "new" / f"{dataset}.{kind}" for kind in ("md", "png", "pdf")]
         table, png, pdf = (file.read_bytes() for file in files)
-        assert table.decode() in said and f"| {final} " in table.decode()
+        assert table.decode() in said and f"| {final} " in table.decode() and pdf[:5] == b"%PDF-"
         assert struct.unpack(">8s8x2I", png[:24]) == (b"\x89PNG\r\n\x1a\n", 1260, 750)  # 300 dpi
-        assert pdf[:5] == b"%PDF-"
 
 
 def test_unfinished_seeds_are_left_out_beside_finished_ones_and_else_used(tmp_path, capsys):
@@ -175,11 +168,6 @@ def test_a_curve_begins_after_pretraining_which_is_dotted(tmp_path):
         assert ax.lines[0].get_xdata()[0] == x and ends[0][3] == "#123456"
         parts = [part.get_segments() for part in ax.collections[1:]]
         assert [[*segment[:, 0]] for (segment,) in parts] == ([[0, x]] if x else [])
-
-
-def test_each_arm_has_a_look_of_its_own_in_gray():
-    looks = {(look["marker"], look["linestyle"]) for look in compare.STYLE["axes.prop_cycle"]}
-    assert len(looks) == len(compare.STYLE["axes.prop_cycle"]) == 21
 
 
 def test_a_single_short_run_is_labelled_at_the_end_of_its_curve(tmp_path, capsys):
@@ -224,10 +212,9 @@ def test_a_spoiled_log_is_refused_by_name_in_one_line(tmp_path, capsys):
 
 
 def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
-    write_two_arms(tmp_path / "runs")
-    (tmp_path / "empty").mkdir()
+    refused(capsys, [tmp_path], str(tmp_path), "run an arm")
+    write_two_arms(tmp_path)
     refused(capsys, [tmp_path, "--baseline", "me"], "me", "maml_ssl, pretrain_finetune")
     refused(capsys, [tmp_path, "--x", "epochs"], "epochs", "total_step")
     refused(capsys, [tmp_path, tmp_path], "seed0", "one run")
-    refused(capsys, [tmp_path / "empty"], "empty", "run an arm")
     refused(capsys, [tmp_path / "nowhere"], "nowhere")

@@ -1,0 +1,115 @@
+"""results/experiment.py: verdicts, ceilings, and that its figures come from the CSV files."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import compare
+import pretext
+
+RESULTS = Path(__file__).parents[1] / "results"
+spec = importlib.util.spec_from_file_location("experiment", RESULTS / "experiment.py")
+experiment = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(experiment)
+
+
+def run(accuracies, seed=0, flops=1.0):
+    """A run with these accuracies at steps 0, 100, 200, ... and `flops` FLOPs a step."""
+    log = np.zeros(len(accuracies), compare.FIELDS)
+    log["step"] = log["total_step"] = 100 * np.arange(len(accuracies))
+    log["flops"], log["accuracy"] = flops * log["step"], accuracies
+    log["accuracy_adapted"] = np.nan
+    nothing = log[:0]
+    return compare.Run("arm", "cpu", seed, nothing, log, True, Path())
+
+
+def test_each_count_is_the_one_that_its_question_names():
+    slow, fast = run([0.1, 0.2, 0.4]), run([0.1, 0.4, 0.5], flops=4.0)
+    assert experiment.measure(fast, slow, "total_step") == (0.5, False)  # 100 steps of 200
+    assert experiment.measure(fast, slow, "flops") == (2.0, False)  # 400 FLOPs of 200
+    assert experiment.measure(slow, fast, "total_step") == (1.0, True)  # never: its whole budget
+    points, _ = experiment.measure(fast, slow, "end")
+    assert points == pytest.approx(10)
+    points, _ = experiment.measure(fast, slow, "equal FLOPs")  # 200 FLOPs: fast is at step 50
+    assert points == pytest.approx(25 - 40)
+
+
+def test_verdicts_pair_each_seed_with_its_own_baseline():
+    ends = (0.5, 0.6, 0.7)  # far apart, the arm always half a point above its own baseline
+    arms = {"maml": [run([0, end + 0.005 + i / 1e5], i) for i, end in enumerate(ends)]}
+    arms["scratch"] = [run([0, end], i) for i, end in enumerate(ends)]
+    lines = experiment.verdicts("cpu controls", arms).splitlines()
+    (line,) = (x for x in lines if "better than nothing | maml | scratch | end" in x)
+    assert "0.50 ± 0.00" in line and "supported" in line
+
+
+def test_censored_seeds_never_support_and_refute_from_five_on():
+    below, none = np.full(5, 0.4), np.zeros(5, bool)
+    judge = experiment.judge
+    spread = below + np.arange(5) / 100
+    assert judge(spread, none, 1.0, less=True)[1] == "supported"
+    assert judge(spread, np.arange(5) == 2, 1.0, less=True)[1] == "undecided"
+    assert judge(spread, ~none, 1.0, less=True)[1] == "refuted"
+    assert judge(spread[:4], ~none[:4], 1.0, less=True)[1] == "undecided"
+    assert judge(spread + 1, none, 1.0, less=True)[1] == "refuted"
+    assert judge(spread, none, 0.0, less=False)[1] == "supported"
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_two_arms_that_are_the_same_are_undecided_in_95_of_100_draws(seeds):
+    rng, words = np.random.default_rng(0), []
+    for ends in rng.normal(60, 1, (2000, 2, seeds)):
+        differences, none = ends[0] - ends[1], np.zeros(seeds, bool)
+        words.append(experiment.judge(differences, none, 0.0, less=False)[1])
+    assert words.count("undecided") / 2000 == pytest.approx(0.95, abs=0.015)
+    assert words.count("supported") > 10 and words.count("refuted") > 10
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_two_arms_that_are_the_same_are_rarely_refuted_in_steps(seeds):
+    """Curves that still rise: half of the seeds are censored, all of them in 1 of 2^seeds draws."""
+    rng, words = np.random.default_rng(1), []
+    for ends in rng.normal(0.6, 0.01, (500, 2, seeds)):
+        pairs = [[run(np.linspace(0.1, end, 11)) for end in both] for both in ends.T]
+        values = [experiment.measure(a, b, "total_step") for a, b in pairs]
+        values, censored = (np.array(x) for x in zip(*values, strict=True))
+        words.append(experiment.judge(values, censored, 1.0, less=True)[1])
+    assert words.count("undecided") / 500 > 0.93
+
+
+def test_an_oracle_that_sees_shape_and_colour_needs_the_environment():
+    blind, knowing = experiment.ceilings()
+    assert np.mean(blind) == pytest.approx(75, abs=1.5) and max(blind) < 78
+    assert knowing == pytest.approx([80, 90, 90], abs=2.5)
+
+
+def test_the_folder_of_other_environments_has_their_shares(tmp_path, monkeypatch):
+    draw = pretext.draw_coloured_shapes
+    monkeypatch.setattr(pretext, "draw_coloured_shapes", lambda n, *rest: draw(n // 25, *rest))
+    experiment.write_environments(tmp_path, (1.0, 0.0), (1.0, 0.0, 0.5))
+    data = pretext.load(str(tmp_path), str(tmp_path / "decoded"), 32, "cpu")
+    assert data.environments.bincount().tolist() == [200, 200]
+    assert data.test_environments.bincount().tolist() == [50, 50, 50]
+    middle = data.images[:, :, 12:20, 12:20].float().mean((2, 3))
+    green = (middle[:, 1] > middle[:, 0]).long()  # colour agrees with the label, or never does
+    for environment, share in ((0, 1.0), (1, 0.0)):
+        own = data.environments == environment
+        assert (green == data.labels)[own].float().mean() == pytest.approx(share, abs=0.35)
+
+
+def test_one_command_draws_every_figure_and_table_from_the_csv_files(tmp_path, monkeypatch, capsys):
+    for path in RESULTS.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["experiment.py", "report"])
+    experiment.main()
+    for name in ("steps", "flops", "outer_step"):
+        with Image.open(tmp_path / f"{name}.png") as figure:
+            assert figure.width > 1500
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    said = capsys.readouterr().out
+    assert said == (RESULTS / "report.md").read_text()
