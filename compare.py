@@ -43,7 +43,7 @@ def read_file(path: Path) -> list[Run]:
     header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
     dataset, steps, wanted = path.stem, 0, f"run,seed,{HEADER}"
     if path.name == "metrics.csv":
-        told = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))["arguments"]
+        told = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
         dataset, steps, wanted = Path(told["dataset"]).resolve().name, told["steps"], HEADER
         label = f"-{path.absolute().parts[-3]}-".replace(f"-{dataset}-", "-").strip("-") or dataset
         lines = [f"{label},{told['seed']},{line}" for line in lines]
@@ -153,22 +153,23 @@ def table(arms: dict[str, list[Run]], baseline: str | None) -> str:
 
 def draw(ax, arms: dict[str, list[Run]], column: str, y="accuracy", colours=None) -> list[tuple]:
     """Draw mean y, with its 95% t interval, against `column`; returns what label_ends takes."""
-    ends, floor, across = [], 0.02, ax.get_xaxis_transform()  # across: y is 0 (bottom) to 1
+    ends, across = [], ax.get_xaxis_transform()  # across: y from 0 (bottom) to 1
     for label, runs in arms.items():
-        logs = [run.log for run in runs]
-        steps = [log["total_step"] for log in logs]  # their union, as far as all seeds have it:
-        at = np.unique(np.clip(np.concatenate(steps), max(map(min, steps)), min(map(max, steps))))
-        x = np.mean([np.interp(at, log["total_step"], log[column]) for log in logs], axis=0)
-        mean, half = mean_interval([np.interp(at, log["total_step"], 100 * log[y]) for log in logs])
+        steps = [run.log["total_step"] for run in runs]  # t: of any seed, where all have a curve
+        t = np.unique(np.clip(np.concatenate(steps), max(map(min, steps)), min(map(max, steps))))
+        x = np.mean([np.interp(t, r.log["total_step"], r.log[column]) for r in runs], axis=0)
+        mean, half = mean_interval([np.interp(t, r.log["total_step"], r.log[y]) for r in runs])
+        mean, half = 100 * mean, 100 * half  # percent
         (line,) = ax.plot(x, mean, color=(colours or {}).get(label), markevery=len(x) // 12 + 1)
         colour = line.get_color()
         ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
         if np.isfinite(x[-1] + mean[-1]):
             ends.append((mean[-1], x[-1], re.sub(r"-(?=\w+=)", "\n", label), colour))  # flags
-        if len(runs[0].pretraining) and x[0] > 0:  # on the axis `step` it is 0
-            ax.hlines(floor, 0, x[0], colour, ":", transform=across)
-            ax.text(x[0], floor, " pretraining", size=6, va="center", transform=across)
-            floor += 0.05
+        until = np.mean([run.pretraining[column].max(initial=0) for run in runs])
+        if until > 0 and column != "step":  # pretraining has steps of its own
+            floor = 0.02 + 0.05 * len(ax.texts)  # above those of the arms before
+            ax.hlines(floor, 0, until, colour, ":", transform=across)
+            ax.text(until, floor, " pretraining", size=6, va="center", transform=across)
     ax.set(xlabel=AXES[column], ylabel=UPWARDS[y])
     ax.locator_params(axis="x", nbins=5)
     return ends
@@ -208,9 +209,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--baseline {args.baseline}: the arms are {', '.join(labels)}")
         out.mkdir(parents=True, exist_ok=True)
         for dataset, arms in groups.items():
-            tuned = [
-                x for x in arms if re.match("fine-tuned|pretrain_finetune(?!.*pretrain=none)", x)
-            ]
+            default = "fine-tuned|pretrain_finetune(?!.*pretrain=none)"  # and pretrained
+            tuned = [label for label in arms if re.match(default, label)]
             baseline = args.baseline or (tuned[0] if len(tuned) == 1 else None)
             note = baseline or "none, so no steps to reach it; --baseline ARM names one"
             text = f"{dataset}, baseline: {note}\n\n{table(arms, baseline)}\n"

@@ -27,7 +27,7 @@ def write(root, name, curve, seed=0, before=0, every=10, flops=1000, adapted="",
     folder = Path(root, name, f"seed{seed}")
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text("\n".join([COLUMNS, *rows]) + "\n")
-    (folder / "config.json").write_text(json.dumps({"arm": "any", "arguments": told}))
+    (folder / "config.json").write_text(json.dumps({"arm": "any"} | told))
     return folder / "metrics.csv"
 
 
