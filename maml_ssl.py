@@ -367,8 +367,9 @@ def train(run, phase, steps, model, backward, evaluate, args):
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
-SIZES = {"shapes": (300, 32, 16, 64), "coloured_shapes": (600, 16, 8, 128)}
-SIZES[None] = (2000, 32, 16, 64)  # steps, image size, width, batch size of all other datasets
+USUAL = {"steps": 2000, "image_size": 32, "width": 16, "batch_size": 64}
+SPECIAL = {"shapes": {"steps": 300}}
+SPECIAL["coloured_shapes"] = {"steps": 600, "image_size": 16, "width": 8, "batch_size": 128}
 
 
 def fail(message, code=2):
@@ -410,6 +411,13 @@ def common_arguments():
     return parser
 
 
+def fill(args, usual, special):
+    """Gives what was not given its usual value, or the one that is special to the dataset."""
+    for key, value in (usual | special.get(args.dataset, {})).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
 def parse(parser):
     """-> the arguments, with every default, checked as far as all arms share them."""
     args = parser.parse_args()
@@ -419,11 +427,9 @@ def parse(parser):
             text = "+".join(value) if isinstance(value, list) else str(value)
             words.append(f"{key}={Path(text).name}")
     args.name = args.name or "-".join(words)[:120]
-    sizes = SIZES.get(args.dataset, SIZES[None])
-    for key, size in zip(("steps", "image_size", "width", "batch_size"), sizes, strict=True):
-        setattr(args, key, getattr(args, key) or size)
-        if getattr(args, key) < 1:
-            fail(f"--{key.replace('_', '-')} {getattr(args, key)}: take a number from 1 up")
+    fill(args, USUAL, SPECIAL)
+    if min(args.steps, args.image_size, args.width, args.batch_size) < 1:
+        fail("--steps, --image-size, --width and --batch-size: take numbers from 1 up")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.source = args.source or pretext.DATASETS.get(args.dataset, (None, None))[1]
     if args.source == args.dataset != "shapes":
@@ -446,11 +452,11 @@ def parse_args():
     add = parser.add_argument_group("algorithm").add_argument
     tasks = [*pretext.DEFAULT_TASKS]
     add("--pretext", nargs="+", choices=pretext.TASKS, default=tasks, help=f"({' '.join(tasks)})")
-    add("--inner-lr", type=float, help="alpha; 0: joint training (.01; 1 for coloured_shapes)")
+    add("--inner-lr", type=float, help="alpha; 0: joint training (.01; 3 for coloured_shapes)")
     add("--inner-steps", type=int, default=1, help="K (1)")
     add("--first-order", action="store_true", help="drop the second derivatives")
     add("--flat-memory", action="store_true", help="memory that does not grow with K; slower")
-    add("--pretext-weight", type=float, default=0.3, help="beta (.3)")
+    add("--pretext-weight", type=float, help="beta (.3; .1 for coloured_shapes)")
     add("--inner", choices=("per-task", "joint"), help="an inner loop for each task, or one for all"
         " (per-task; joint for coloured_shapes)")  # fmt: skip
     add("--support", choices=("disjoint", "query"), default="disjoint", help="adapt to other images"
@@ -458,10 +464,10 @@ def parse_args():
     add("--support-batch-size", type=int, default=32, help="images of each task (32)")
     add("--pretext-images", choices=("target", "both"), default="target", help="both: source's too")
     args = parse(parser)
-    coloured = args.dataset == "coloured_shapes"
-    args.inner = args.inner or ("joint" if coloured else "per-task")
-    if args.inner_lr is None:
-        args.inner_lr = 1.0 if coloured else 0.01
+    usual = {"inner": "per-task", "inner_lr": 0.01, "pretext_weight": 0.3}
+    fill(
+        args, usual, {"coloured_shapes": {"inner": "joint", "inner_lr": 3.0, "pretext_weight": 0.1}}
+    )
     if args.first_order and not args.pretext_weight:
         fail("--first-order --pretext-weight 0: the pretext heads would never learn; give a weight")
     if args.inner_lr == 0:

@@ -315,8 +315,9 @@ def train(run, phase, steps, model, backward, evaluate, args):
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
-SIZES = {"shapes": (300, 32, 16, 64), "coloured_shapes": (600, 16, 8, 128)}
-SIZES[None] = (2000, 32, 16, 64)  # steps, image size, width, batch size of all other datasets
+USUAL = {"steps": 2000, "image_size": 32, "width": 16, "batch_size": 64}
+SPECIAL = {"shapes": {"steps": 300}}
+SPECIAL["coloured_shapes"] = {"steps": 600, "image_size": 16, "width": 8, "batch_size": 128}
 
 
 def fail(message, code=2):
@@ -358,6 +359,13 @@ def common_arguments():
     return parser
 
 
+def fill(args, usual, special):
+    """Gives what was not given its usual value, or the one that is special to the dataset."""
+    for key, value in (usual | special.get(args.dataset, {})).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
 def parse(parser):
     """-> the arguments, with every default, checked as far as all arms share them."""
     args = parser.parse_args()
@@ -367,11 +375,9 @@ def parse(parser):
             text = "+".join(value) if isinstance(value, list) else str(value)
             words.append(f"{key}={Path(text).name}")
     args.name = args.name or "-".join(words)[:120]
-    sizes = SIZES.get(args.dataset, SIZES[None])
-    for key, size in zip(("steps", "image_size", "width", "batch_size"), sizes, strict=True):
-        setattr(args, key, getattr(args, key) or size)
-        if getattr(args, key) < 1:
-            fail(f"--{key.replace('_', '-')} {getattr(args, key)}: take a number from 1 up")
+    fill(args, USUAL, SPECIAL)
+    if min(args.steps, args.image_size, args.width, args.batch_size) < 1:
+        fail("--steps, --image-size, --width and --batch-size: take numbers from 1 up")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.source = args.source or pretext.DATASETS.get(args.dataset, (None, None))[1]
     if args.source == args.dataset != "shapes":

@@ -91,8 +91,10 @@ TRIALS = {
     "fine-tuned": ("pretrain_finetune.py", PRETRAINING),
     "probed": ("linear_probe.py", PRETRAINING),
 }
-TUNED_JOINT = "joint-0"
-CHOSEN = dict.fromkeys(TRIALS, "")  # the best of the trials; results/tune.csv holds all of them
+# The number of the best of them; results/tune.csv holds all
+BEST = {"maml": 6, "colorization": 3, "first-order": 0, "random-labels": 4, "joint": 6}
+BEST |= {"scratch": 6, "fine-tuned": 5, "probed": 5}
+CHOSEN = {name: TRIALS[name][1][number] for name, number in BEST.items()}
 SETTINGS = {name: f"{arm} {SHAPES} {CHOSEN[name]}" for name, (arm, _) in TRIALS.items()}
 # A folder with other environments (`write_environments`), else as coloured_shapes
 FOLDER = "--image-size 16 --width 8 --batch-size 128 --steps 600 --dataset data/coloured"
@@ -155,8 +157,8 @@ QUESTIONS = {
 }  # fmt: skip
 
 
-# %, mean over the three environments: the most that a rule for one image, and one that knows the
-# environment too, can reach, where a quarter of the labels is flipped and colour agrees in 80, 10, 90%
+# Mean over the three environments (%): the most that a rule for one image can reach, for a quarter
+# of the labels is flipped; and one that knows in what share of them colour agrees (80, 10, 90%)
 CEILINGS = (75.0, 86.7)
 # What MAML, adapted to its own environment, is compared with, at the end, mean over environments
 OTHER_SUPPORTS = [("maml", "none"), ("maml", "other"), ("maml", "shuffled"), ("joint", "none")]
@@ -344,7 +346,7 @@ def gather(name: str, out: Path) -> None:
     write(f"{name}.csv", ["run", "seed", *maml_ssl.COLUMNS], rows)
     if name == "environments":
         head = ["run", "seed", "support", "inner_lr", "inner_steps", "80%", "10%", "90% (new)"]
-        tuned = out / "tune" / TUNED_JOINT / "seed100"
+        tuned = out / "tune" / f"joint-{BEST['joint']}" / "seed100"
         write(SUPPORT, head, measure_support(out / name, tuned))
 
 
