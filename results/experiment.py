@@ -106,7 +106,8 @@ for other in OTHERS:
     WHERE[f"maml-{other}"] = f"{adapting} {FOLDER}-{other}"
     WHERE[f"scratch-{other}"] = f"{TRIALS['scratch'][0]} {CHOSEN['scratch']} {FOLDER}-{other}"
 ALONE = {t: f"{SETTINGS['colorization']} --pretext {t}" for t in PRETEXT.split()}
-ALONE |= {"per-task": f"{SETTINGS['maml']} --inner per-task"}
+# Each of four loops takes the whole step, where the mean of four losses gives a task a quarter
+ALONE |= {"per-task": f"{SETTINGS['maml']} --inner per-task --inner-lr 1"}
 TUNE = {
     f"{name}-{i}": f"{arm} {SHAPES} --eval-on val {flags}"
     for name, (arm, trials) in TRIALS.items()
