@@ -205,7 +205,7 @@ class Run:
         self.written = self.log.exists() and self.log.read_text()
         self.config = {"arm": Path(__file__).stem, "data": data, **vars(args)}
         self.config["parameters"] = sum(p.numel() for p in model.parameters())
-        self.config |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        self.config |= {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
         self.state = {"phase": None, "rows": [], **dict.fromkeys(COUNTS, 0)}
         if args.overwrite or not file.exists():
             return
