@@ -320,7 +320,7 @@ ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_eve
 ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
 USUAL = {"steps": 2000, "image_size": 32, "width": 16, "batch_size": 64}
 SPECIAL = {"shapes": {"steps": 300}}
-SPECIAL["coloured_shapes"] = {"steps": 600, "image_size": 16, "width": 8, "batch_size": 128}
+SPECIAL["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
 
 
 def fail(message, code=2):
@@ -342,7 +342,7 @@ def common_arguments():
     add("--eval-on", choices=("test", "val"), default="test", help="val: a fifth of the labels")
     add("--image-size", type=int, help="pixels, a multiple of 8 (32; 16 for coloured_shapes)")
     add = parser.add_argument_group("training; for a GPU: --width 64 --steps 20000").add_argument
-    add("--steps", type=int, help="in all (2000; 300 for shapes, 600 for coloured_shapes)")
+    add("--steps", type=int, help="in all (2000; 300 for shapes, 1000 for coloured_shapes)")
     add("--eval-every", type=int, help="steps (a tenth of all)")
     add("--batch-size", type=int, help="labelled images a step (64; 128 for coloured_shapes)")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW (.001; maml_ssl.py: .002)")

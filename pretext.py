@@ -346,7 +346,7 @@ class Data(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
     test_environments: Tensor
-    flip: bool  # does a mirrored image keep its label?
+    flip: bool  # are images mirrored? Gray ones are not, as digits are not mirror-symmetric
     unlabelled: tuple = ()  # for each environment of the test set (images, mask): to adapt to
 
     @property
@@ -439,7 +439,7 @@ def load(name: str, data_dir: str, side: int, device: str, source: bool = False)
     for images, labels, *environments in splits:
         tensors += [resize(images, [side, side]).contiguous(), labels]
         tensors += environments or [torch.zeros_like(labels)]
-    return Data(*(x.to(device) for x in tensors), flip=name != "mnist")
+    return Data(*(x.to(device) for x in tensors), flip=not is_gray(tensors[0]))
 
 
 def limit_labels(data: Data, labels_per_class: int | None, eval_on: str, seed: int) -> Data:
@@ -455,10 +455,10 @@ def limit_labels(data: Data, labels_per_class: int | None, eval_on: str, seed: i
     kinds = data.labels * several + data.environments
     for kind in kinds.unique():
         members = order[kinds[order] == kind]
-        budget = labels_per_class // several if labels_per_class else len(members)
+        budget = len(members) if labels_per_class is None else labels_per_class // several
         if not 1 + val <= budget <= len(members):
-            most = f"class {kind // several} has {several * len(members)}"
-            raise ValueError(f"--labels-per-class {labels_per_class}, --eval-on {eval_on}: {most}")
+            take = f"take {several * (1 + val)} to {several * len(members)}, all that there are"
+            raise ValueError(f"--labels-per-class {labels_per_class}, --eval-on {eval_on}: {take}")
         cut = val * max(1, budget // 5)
         held.append(members[:cut])
         kept.append(members[cut:budget])
@@ -470,6 +470,8 @@ def limit_labels(data: Data, labels_per_class: int | None, eval_on: str, seed: i
     for environment in home.unique():
         members = (home == environment).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=rng(seed, "evaluation")).to(home.device)
+        if len(members) < 2 and not alone:
+            raise ValueError(f"environment {environment} has one test image; take at least two")
         chosen = members[order[: 256 if alone else min(256, len(members) // 2)]]
         mask = torch.zeros_like(home, dtype=torch.bool).index_fill(0, chosen, True)
         unlabelled.append((images, mask))
@@ -515,6 +517,8 @@ def labelled_batch(data: Data, step: int, size: int, seed: int, purpose: str = "
     Each environment gives an equal part, out of shuffled epochs of its own, end to end.
     """
     parts, several = [], int(data.environments.max()) + 1
+    if size < several:
+        raise ValueError(f"--batch-size {size}: fewer than the {several} environments")
     for environment in range(several):
         members = (data.environments == environment).nonzero().squeeze(1)
         n, count = len(members), size // several + (environment < size % several)
@@ -574,7 +578,8 @@ def adaptations(data: Data, transductive: bool, size: int):
     One for each environment, to images that are never scored; transductive: one for each batch of
     `size` test images, to these very images, unlabelled.
     """
-    for environment, (images, mask) in enumerate(data.unlabelled):
+    environments = data.test_environments.unique().tolist()
+    for environment, (images, mask) in zip(environments, data.unlabelled, strict=True):
         scored = (data.test_environments == environment).nonzero().squeeze(1)
         if not transductive:
             yield scored, images, mask, len(mask), data.flip

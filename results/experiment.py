@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ BEST |= {"scratch": 6, "fine-tuned": 5, "probed": 5}
 CHOSEN = {name: TRIALS[name][1][number] for name, number in BEST.items()}
 SETTINGS = {name: f"{arm} {SHAPES} {CHOSEN[name]}" for name, (arm, _) in TRIALS.items()}
 # A folder with other environments (`write_environments`), else as coloured_shapes
-FOLDER = "--image-size 16 --width 8 --batch-size 128 --steps 600 --dataset data/coloured"
+FOLDER = "--image-size 16 --width 8 --batch-size 128 --steps 1000 --dataset data/coloured"
 OTHERS = {"90-10-80": ((0.9, 0.1), (0.9, 0.1, 0.8)), "80-40-90": ((0.8, 0.4), (0.8, 0.4, 0.9))}
 WHERE = {f"support-{n}": f"{SETTINGS['maml']} --support-batch-size {n}" for n in (8, 128)}
 WHERE["steps-3"] = f"{SETTINGS['maml']} --inner-steps 3"
@@ -164,6 +165,9 @@ QUESTIONS = {
 # Mean over the three environments (%): the most that a rule for one image can reach, for a quarter
 # of the labels is flipped; and one that knows in what share of them colour agrees (80, 10, 90%)
 CEILINGS = (75.0, 86.7)
+# 600 steps were fixed before the runs. Two seeds of MAML had then only begun to rise: so all were
+# continued to 1,000, with the same settings. Both are reported.
+HORIZONS = (600, 1000)
 # What MAML, adapted to its own environment, is compared with, at the end, mean over environments
 OTHER_SUPPORTS = [("maml", "none"), ("maml", "other"), ("maml", "shuffled"), ("joint", "none")]
 OTHER_SUPPORTS += [("joint", "own"), ("first-order", "own"), ("random-labels", "own")]
@@ -187,6 +191,11 @@ def measure(run: compare.Run, other: compare.Run, count: str) -> tuple[float, bo
         return 100 * (a - b), False
     x = compare.first_for_good(run.log[count], mine, others[-1])
     return (run.log[count][-1] if np.isnan(x) else x) / other.log[count][-1], bool(np.isnan(x))
+
+
+def until(run: compare.Run, steps: int) -> compare.Run:
+    """The run as it was at that step."""
+    return replace(run, log=run.log[run.log["total_step"] <= steps])
 
 
 def judge(values: np.ndarray, censored: np.ndarray, null: float, less: bool) -> tuple[str, str]:
@@ -474,9 +483,16 @@ def report() -> None:
     for path in RESULTS.glob("*.csv"):
         groups |= compare.group(compare.read([path])) if "support" not in path.stem else {}
     one, several = groups["cpu"] | groups["controls"], groups["environments"]
-    parts = []
-    for names, arms in (("cpu controls", one), ("environments", several)):
-        parts += [f"## {names}", compare.table(arms, "fine-tuned"), verdicts(names, arms)]
+    parts = ["## cpu controls", compare.table(one, "fine-tuned"), verdicts("cpu controls", one)]
+    for horizon in HORIZONS:
+        arms = {label: [until(run, horizon) for run in runs] for label, runs in several.items()}
+        ends = np.array([100 * scores(run)[-1] for run in arms["maml"]])
+        value, word = judge(ends, np.zeros(len(ends), bool), CEILINGS[0], less=False)
+        parts += [f"## environments, {horizon} steps", compare.table(arms, "fine-tuned")]
+        parts.append(
+            f"MAML, adapted, against {CEILINGS[0]}%, the most for one image: {value}: {word}"
+        )
+        parts.append(verdicts("environments", arms))
     for name in ("tune", "where"):
         parts += [f"## {name}", compare.table(groups[name], None)]
     parts += ["## adapted to what", support_tables(read_support(RESULTS / SUPPORT))]

@@ -1,433 +1,336 @@
-"""The three arms as wholes: shared blocks, fair pairs, frozen probes, logs, copies, README."""
+"""The three arms as wholes: shared blocks, fair pairs, phases, logs, copies, README."""
 
+import copy
 import csv
 import difflib
 import json
+import math
 import os
 import re
-import shlex
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
 
 import linear_probe
 import maml_ssl
 import pretext
 import pretrain_finetune
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(pretext.__file__).parent
 ARMS = {m.__name__: m for m in (maml_ssl, pretrain_finetune, linear_probe)}
 TINY = "--width 4 --batch-size 16 --warmup-steps 2".split()
+DRAW, DRAW_COLOURED = pretext.draw_shapes, pretext.draw_coloured_shapes
+COLUMNS = "phase step total_step images labels flops seconds train_loss".split()
+COLUMNS += "accuracy accuracy_adapted pretext_loss pretext_loss_adapted".split()
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch):
-    """A hundredth of the embedded dataset: drawing all of it takes longer than training does."""
-    draw = pretext.draw_shapes
-    monkeypatch.setattr(pretext, "draw_shapes", lambda n, *rest: draw(n // 10, *rest))
+    """A tenth of the drawn images: drawing all takes longer than the runs here."""
+    monkeypatch.setattr(pretext, "draw_shapes", lambda n, *rest: DRAW(n // 10, *rest))
+    monkeypatch.setattr(pretext, "draw_coloured_shapes", lambda n, *r: DRAW_COLOURED(n // 25, *r))
+
+
+def call(function, arm, *flags):
+    """What a function of an arm returns under these flags."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{arm}.py", *map(str, flags)])
+        return getattr(ARMS[arm], function)()
 
 
 def run(arm, out, *flags):
     """Runs an arm in this process; -> rows of its log, its checkpoint, its configuration."""
-    ARMS[arm].main([*TINY, "--out", str(out), "--name", "x", *map(str, flags)])
-    return read(Path(out, "x", "seed0"))
+    call("main", arm, *TINY, "--out", out, "--name", "x", "--eval-every", 1, *flags)
+    folder = Path(out, "x", "seed0")
+    rows = [*csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return rows, checkpoint, json.loads((folder / "config.json").read_text())
 
 
-def read(directory):
-    with open(directory / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)
-    return rows, checkpoint, json.loads((directory / "config.json").read_text())
+def history(arm, out, *flags):
+    """-> for each row of a run (phase, step, weights, averaged weights), as they were then."""
+    kept, save = [], ARMS[arm].Run.save
+
+    def watched(self, row, **state):
+        averaged = {k[7:]: x for k, x in state["averaged"].items() if k.startswith("module.")}
+        kept.append(copy.deepcopy((*row[:2], state["model"], averaged)))
+        save(self, row, **state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ARMS[arm].Run, "save", watched)
+        run(arm, out, *flags)
+    return kept
 
 
 # --- shared blocks ---
 
 
 def blocks(text):
-    found = re.findall(
-        r"^# --- (?!end )(.*): (.*) ---\n(.*?)^# --- end \1: \2 ---", text, re.S | re.M
-    )
-    return {(kind, name): body for kind, name, body in found}
+    """-> {title: lines} of every marked block."""
+    found = re.findall(r"^# --- (?!end )(.*: .*) ---\n(.*?)^# --- end \1 ---$", text, re.S | re.M)
+    return {title: body.splitlines() for title, body in found}
 
 
 def differences(texts):
-    """Unified diffs of every marked block that is not the same in all files that have it."""
-    diffs, files = [], list(texts)
-    for first, second in ((files[0], f) for f in files[1:]):
-        one, two = blocks(texts[first]), blocks(texts[second])
-        for key in one.keys() & two.keys():
-            lines = one[key].splitlines(), two[key].splitlines()
-            if one[key] != two[key]:
-                diffs += [*difflib.unified_diff(*lines, first, second, key[1], lineterm="")]
-    return diffs
+    """A diff of every block that is not the same in all files that have it."""
+    diffs, master = [], {}
+    for file, text in texts.items():
+        for title, body in blocks(text).items():
+            first, original = master.setdefault(title, (file, body))
+            diffs += difflib.unified_diff(original, body, f"{first}: {title}", f"{file}: {title}")
+    return "\n".join(diffs)
 
 
-def texts():
-    return {f"{arm}.py": (ROOT / f"{arm}.py").read_text() for arm in ARMS}
-
-
-def test_shared_blocks_are_the_same_in_every_file_that_has_them():
-    arms = texts()
-    assert not (found := differences(arms)), "\n".join(found)
-    last_two = {name: arms[name] for name in ("pretrain_finetune.py", "linear_probe.py")}
-    assert not (found := differences(last_two)), "\n".join(found)
-    shared = {k for k in blocks(arms["maml_ssl.py"]) if k[0] == "shared"}
-    assert {name for _, name in shared} == {"arguments", "data", "backbone", "training"}
-    assert all(shared <= blocks(text).keys() for text in arms.values())
-    assert ("the pretraining arms", "pretraining") in blocks(arms["linear_probe.py"])
-
-
-@pytest.mark.parametrize("name", ["arguments", "data", "backbone", "training"])
-def test_one_byte_in_a_shared_block_is_noticed(name):
-    arms = texts()
-    body = blocks(arms["linear_probe.py"])["shared", name]
-    changed = body.replace("e", "a", 1)
-    arms["linear_probe.py"] = arms["linear_probe.py"].replace(body, changed)
-    found = "\n".join(differences(arms))
-    assert "maml_ssl.py" in found and "linear_probe.py" in found
+def test_blocks_are_the_same_in_every_file_and_one_changed_byte_is_noticed():
+    texts = {f"{arm}.py": (ROOT / f"{arm}.py").read_text() for arm in ARMS}
+    shared = {f"shared: {name}" for name in ("network", "training", "arguments")}
+    pretraining = "the pretraining arms: pretraining"
+    assert not differences(texts), differences(texts)
+    assert [{*blocks(text)} - shared for text in texts.values()] == [set(), *[{pretraining}] * 2]
+    for title in [*shared, pretraining]:
+        body = "\n".join(blocks(texts["linear_probe.py"])[title])
+        changed = texts["linear_probe.py"].replace(body, body.replace("e", "a", 1))
+        assert f"linear_probe.py: {title}" in differences(texts | {"linear_probe.py": changed})
 
 
 def test_arms_import_nothing_of_the_project_but_pretext():
-    modules = {p.stem for p in ROOT.glob("*.py")}
-    for name, text in texts().items():
-        imported = re.findall(r"^(?:from|import) (\w+)", text, re.M)
-        assert modules & {*imported} == {"pretext"}, name
-
-
-# --- fair pairs ---
+    modules = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
+    for arm in ARMS:
+        imported = re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{arm}.py").read_text(), re.M)
+        assert modules & {*imported} == {"pretext"}, arm
 
 
 def test_inner_lr_zero_and_weight_zero_writes_the_log_of_training_from_scratch(tmp_path):
-    flags = "--steps 6 --eval-every 2 --labels-per-class 9".split()
-    maml, state, _ = run("maml_ssl", tmp_path / "a", *flags, "--inner-lr", 0, "--pretext-weight", 0)
+    flags = "--steps 4 --eval-every 2 --labels-per-class 9 --lr .001".split()
+    zero = ("--inner-lr", 0, "--pretext-weight", 0)
+    maml, state, _ = run("maml_ssl", tmp_path / "a", *flags, *zero)
     scratch, twin, _ = run("pretrain_finetune", tmp_path / "b", *flags, "--pretrain", "none")
     for row in maml + scratch:
         del row["seconds"]
-    assert maml == scratch and len(maml) == 3
-    assert all(torch.equal(v, twin["model"][k]) for k, v in state["model"].items())
+    assert maml == scratch and [row["step"] for row in maml] == ["0", "2", "4"]
+    assert all(torch.equal(x, twin["model"][name]) for name, x in state["model"].items())
 
 
-def test_same_seed_same_start_in_every_arm_and_other_seed_another():
-    models = []
+def test_the_same_seed_is_the_same_start_in_every_arm_and_another_seed_another():
+    before, models = torch.get_rng_state(), []
     for arm, module in ARMS.items():
-        for seed in (0, 1):
-            args = module.parse_args([*TINY, "--seed", str(seed)])
-            heads = {"target": lambda c, m=module: m.classifier(10, c)}
-            if arm != "maml_ssl":  # one head more shifts nothing
-                heads["source"] = lambda c, m=module: m.classifier(10, c)
-            models.append(module.make_model(args, heads).state_dict())
-    for name in models[0]:
-        first, other = models[0][name], models[1][name]
+        heads = dict.fromkeys(("source", "target")[arm == "maml_ssl" :], module.classifier(10))
+        for seed in 0, 1:  # one head more shifts nothing
+            args = call("parse_args", arm, *TINY, "--seed", seed)
+            models.append(module.make_model(heads, args).state_dict())
+    for name, first in models[0].items():
         assert all(torch.equal(first, m[name]) for m in models[2::2])
-        assert all(torch.equal(other, m[name]) for m in models[3::2])
-        if name.endswith("weight") and first.ndim > 1:
-            assert not torch.equal(first, other)
-
-
-def test_making_a_model_leaves_the_global_generator_alone():
-    state = torch.get_rng_state()
-    args = maml_ssl.parse_args(TINY)
-    maml_ssl.make_model(args, {"target": lambda c: maml_ssl.classifier(10, c)})
-    assert torch.equal(state, torch.get_rng_state())
+        assert first.ndim < 2 or not torch.equal(first, models[1][name])
+    assert torch.equal(before, torch.get_rng_state())  # the global generator is left alone
 
 
 @pytest.mark.parametrize(("backbone", "width", "channels"), [("conv", 5, 20), ("resnet18", 8, 512)])
 def test_backbones_have_stride_8_and_no_state_but_parameters(backbone, width, channels):
-    encoder = maml_ssl.Encoder(backbone, width)
+    encoder, found = maml_ssl.make_encoder(backbone, width)
     with torch.no_grad():
         assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, channels, 4, 4)
-    assert encoder.channels == channels and not [*encoder.buffers()]
-    kinds = [type(m).__name__ for m in encoder.modules()]
-    assert "BatchNorm2d" not in kinds and kinds.count("GroupNorm") >= 6
-
-
-# --- phases ---
+    assert found == channels and not [*encoder.buffers()]
+    assert sum(isinstance(m, torch.nn.GroupNorm) for m in encoder.modules()) >= 6
 
 
 @pytest.mark.parametrize("pretrain", ["supervised", "rotation"])
 def test_the_probe_leaves_the_encoder_as_pretraining_left_it(tmp_path, pretrain):
-    flags = ("--pretrain", pretrain, "--pretrain-steps", 4, "--eval-every", 100)
-    _, pretrained, _ = run("linear_probe", tmp_path / "a", *flags, "--steps", 4)
-    rows, probed, _ = run("linear_probe", tmp_path / "b", *flags, "--steps", 9)
-    start = {k.removeprefix("module."): v for k, v in pretrained["average"].items()}
-    kept = [k for k in probed["model"] if not k.startswith("heads.target")]
-    assert any(k.startswith("encoder.") for k in kept)
-    for name in kept:  # the averaged weights of the pretraining, and the source's head with them
-        assert torch.equal(probed["model"][name], start[name]), name
-        assert torch.equal(probed["average"][f"module.{name}"], start[name]), name
-    moved = "heads.target.2.weight"
-    assert not torch.equal(probed["model"][moved], start[moved])
-    assert [(r["phase"], r["step"], r["total_step"]) for r in rows] == [
-        ("pretrain", "4", "4"), ("target", "5", "9")]  # fmt: skip
+    flags = ("--steps", 5, "--pretrain-steps", 3, "--pretrain", pretrain, "--weight-decay", 1)
+    rows = history("linear_probe", tmp_path, *flags)
+    phases, pretrained = [row[:2] for row in rows], rows[2][3]  # the averaged weights
+    assert phases == [("pretrain", i) for i in (1, 2, 3)] + [("target", i) for i in (0, 1, 2)]
+    for _, step, weights, averaged in rows[3:]:
+        for name, x in pretrained.items():
+            kept = step == 0 or not name.startswith("heads.target")
+            assert torch.equal(weights[name], x) == torch.equal(averaged[name], x) == kept, name
 
 
 def test_the_probe_notices_an_encoder_that_moved(tmp_path, monkeypatch):
-    train = linear_probe.train
+    def meddle(model, data, head, *rest, real=linear_probe.labelled_backward):
+        next(model.encoder.parameters()).data += 1e-6 * (head == "target")
+        return real(model, data, head, *rest)
 
-    def meddle(run, phase, steps, model, *rest):
-        averaged = train(run, phase, steps, model, *rest)
-        if phase == "target":
-            next(model.encoder.parameters()).data[0] += 1e-6
-        return averaged
-
-    monkeypatch.setattr(linear_probe, "train", meddle)
+    monkeypatch.setattr(linear_probe, "labelled_backward", meddle)
     with pytest.raises(AssertionError, match="encoder"):
-        run("linear_probe", tmp_path, "--steps", 4, "--pretrain-steps", 2)
+        run("linear_probe", tmp_path, "--steps", 4)
 
 
-def test_pretraining_moves_the_encoder_and_leaves_the_head_of_the_desired_task(tmp_path):
-    flags = ("--steps", 4, "--pretrain-steps", 4, "--weight-decay", 0.5)
-    _, state, _ = run("pretrain_finetune", tmp_path, *flags)
-    args = pretrain_finetune.parse_args(TINY)
-    heads = {"target": lambda c: pretrain_finetune.classifier(10, c)}
-    fresh = pretrain_finetune.make_model(args, heads).state_dict()
-    assert not torch.equal(
-        state["model"]["encoder.layers.0.weight"], fresh["encoder.layers.0.weight"]
-    )
-    assert torch.equal(state["model"]["heads.target.2.weight"], fresh["heads.target.2.weight"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_fine_tuning_starts_from_the_average_with_all_else_afresh(tmp_path, monkeypatch, schedule):
+    """Each step of it against AdamW and the running average, written by hand."""
+    evaluated, module = [], pretrain_finetune
+
+    def watched(model, params, images, real=module.predict):
+        evaluated.append(copy.deepcopy(params))
+        return real(model, params, images)
+
+    monkeypatch.setattr(module, "predict", watched)
+    flags = "--steps 6 --pretrain-steps 2 --ema .6 --weight-decay .1 --lr .01 --schedule".split()
+    rows = history("pretrain_finetune", tmp_path, *flags, schedule)
+    heads = dict.fromkeys(("target", "source"), module.classifier(10))
+    model = module.make_model(heads, call("parse_args", "pretrain_finetune", *TINY))
+    start, w = model.state_dict(), rows[2][2]
+    for name, x in w.items():  # pretraining leaves the head of the desired task as it was
+        kept = name.startswith("heads.target")
+        assert torch.equal(x, start[name] if kept else rows[1][3][name]), name
+        assert torch.equal(rows[1][2][name], start[name]) == kept, name
+    data = pretext.limit_labels(pretext.load("shapes", "", 32, "cpu"), None, "test", 0)
+    m, v, average = (dict.fromkeys(w, 0.0) for _ in range(3))
+    for t, (_, step, trained, averaged) in enumerate(rows[3:], 1):
+        model.load_state_dict(w)
+        images, labels, _ = pretext.labelled_batch(data, t - 1, 16, 0)
+        loss = F.cross_entropy(model(images), labels)
+        grads = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+        rate = 0.01 * min(1, t / 2)  # warm-up
+        rate *= (1 + math.cos(math.pi * (t - 1) / 4)) / 2 if schedule == "cosine" else 1
+        for (name, x), g in zip(w.items(), grads, strict=True):
+            if g is not None:  # the source's head is left alone
+                m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g**2
+                size = (v[name] / (1 - 0.999**t)).sqrt() + 1e-8
+                moved = x * (1 - rate * 0.1) - rate * m[name] / (1 - 0.9**t) / size
+                assert torch.allclose(trained[name], moved, rtol=1e-5, atol=1e-7), (step, name)
+        w = trained
+        average = {n: 0.6 * average[n] + 0.4 * x if t > 1 else x for n, x in w.items()}
+        for name, x in average.items():
+            assert torch.allclose(averaged[name], x, rtol=1e-5, atol=1e-7), (step, name)
+            assert torch.equal(evaluated[t][name], averaged[name])  # that is what is evaluated
 
 
-def test_finetuning_starts_from_the_averaged_weights_with_everything_else_fresh(tmp_path):
-    flags = ("--pretrain-steps", 4, "--eval-every", 100, "--weight-decay", 0)
-    _, before, _ = run("pretrain_finetune", tmp_path / "a", *flags, "--steps", 4)
-    _, after, _ = run("pretrain_finetune", tmp_path / "b", *flags, "--steps", 5)
-    # The first AdamW step moves a weight by lr times the sign of its gradient; warm-up halves lr.
-    for name in ("encoder.layers.0.weight", "encoder.layers.3.weight"):
-        moved = (after["model"][name] - before["average"][f"module.{name}"]).abs()
-        assert moved.max() < 5.1e-4 and moved.median() == pytest.approx(5e-4, rel=0.05)
-
-
-# --- the log ---
+def test_self_supervised_pretraining_is_the_mean_loss_of_its_tasks(tmp_path):
+    names = ("rotation", "contrastive")
+    flags = "--steps 2 --pretrain-steps 1 --pretext-images source --pretrain".split()
+    rows, *_ = run("pretrain_finetune", tmp_path, *flags, *names)
+    pool = pretext.load("shapes", "", 32, "cpu", source=True).images
+    tasks = {name: pretext.TASKS[name](pool) for name in names}
+    heads = {name: task.make_head for name, task in tasks.items()}
+    model = pretrain_finetune.make_model(heads, call("parse_args", "pretrain_finetune", *TINY))
+    batches = pretext.batches(tasks, 0, "pretext", 0, pool, torch.ones(len(pool)) > 0, 16, True)
+    losses = [tasks[t].loss(model(x, t), y).item() for t, (x, y) in batches.items()]
+    assert float(rows[0]["train_loss"]) == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert [int(rows[0][k]) for k in ("images", "labels")] == [16 + 32, 0]
 
 
 def test_the_log_has_the_agreed_columns_and_counts_what_was_used(tmp_path):
-    flags = "--steps 5 --eval-every 2 --support-batch-size 6 --inner-steps 2".split()
+    flags = "--steps 3 --eval-every 2 --support-batch-size 6 --inner-steps 2".split()
     rows, _, config = run("maml_ssl", tmp_path, *flags)
-    assert list(rows[0]) == (
-        "phase,step,total_step,images,labels,flops,seconds,train_loss,accuracy,accuracy_adapted"
-    ).split(",")
-    assert [int(r["step"]) for r in rows] == [2, 4, 5]
-    # a step: 16 labelled images; 6 for each of four tasks, contrastive shows two views; K = 2
-    assert [int(r["images"]) for r in rows] == [s * (16 + 2 * 5 * 6) for s in (2, 4, 5)]
-    assert [int(r["labels"]) for r in rows] == [32, 64, 80]
-    assert all(0 <= float(r[k]) <= 1 for r in rows for k in ("accuracy", "accuracy_adapted"))
+    assert list(rows[0]) == COLUMNS
+    for column, each in ("step", 1), ("total_step", 1), ("labels", 16), ("images", 16 + 2 * 5 * 6):
+        # images: 6 for each of four tasks, of which contrastive shows two views; K = 2
+        assert [int(row[column]) for row in rows] == [0, 2 * each, 3 * each], column
+    assert [float(r["flops"]) / float(rows[1]["flops"]) for r in rows] == [0, 1, 1.5]
     seconds = [float(r["seconds"]) for r in rows]
-    assert seconds == sorted(seconds) and seconds[0] > 0
-    assert config["arm"] == "maml_ssl" and config["arguments"]["inner_steps"] == 2
-    assert config["versions"]["torch"] == torch.__version__
+    assert seconds == sorted({*seconds}) and seconds[0] == 0
+    assert [r["train_loss"] == "" for r in rows] == [True, False, False]
+    assert all(float(r["pretext_loss_adapted"]) < float(r["pretext_loss"]) for r in rows)
+    assert all(0 <= float(r[c]) <= 1 for r in rows for c in ("accuracy", "accuracy_adapted"))
+    assert config["arm"] == "maml_ssl" and config["inner_steps"] == 2 and config["seed"] == 0
+    assert config["torch"] == torch.__version__ and config["parameters"] > 1000 and config["data"]
 
 
-def test_flops_of_a_supervised_step_are_three_forward_passes_less_the_first_input_gradient(
-    tmp_path,
-):
-    rows, *_ = run("pretrain_finetune", tmp_path, "--pretrain", "none", "--steps", 3)
+def test_flops_are_three_forward_passes_less_the_first_input_s_gradient(tmp_path):
+    rows, *_ = run("pretrain_finetune", tmp_path, "--steps", 3, "--pretrain-steps", 1)
     layers, before = [], 3  # multiply-adds of one image, by hand
     for i, after in enumerate([4, 4, 8, 8, 16, 16]):
         layers.append(before * after * 9 * (32 >> i // 2) ** 2)
         before = after
     layers.append(16 * 16 * 10)  # the head, on a 4x4 map of 16 channels
     expected = 2 * 16 * (3 * sum(layers) - layers[0])  # 2 FLOPs each, 16 images
-    assert int(rows[-1]["flops"]) == 3 * expected
+    assert [int(row["flops"]) for row in rows] == [expected * n for n in (1, 1, 2, 3)]
+    assert [int(row["labels"]) for row in rows] == [16, 16, 32, 48]
+    assert all(row[column] == "" for row in rows for column in COLUMNS[-3:])
+    assert rows[0]["accuracy"] == rows[1]["train_loss"] == "" != rows[1]["accuracy"]
 
 
-def test_default_names_keep_configurations_apart():
-    base = {arm: module.parse_args([]).name for arm, module in ARMS.items()}
-    assert len({*base.values()}) == 3
-    flags = {"--lr": "0.1", "--pretext": "rotation", "--inner": "joint", "--dataset": "cifar10",
-             "--labels-per-class": "3", "--inner-steps": "2", "--source": "mnist"}  # fmt: skip
-    names = [maml_ssl.parse_args([k, v]).name for k, v in flags.items()]
-    names += [maml_ssl.parse_args(["--pretext", "rotation", "contrastive"]).name, base["maml_ssl"]]
-    assert len({*names}) == len(names)
-    elsewhere = ["--seed", "3", "--device", "cpu", "--out", "elsewhere", "--resume"]
-    assert maml_ssl.parse_args(elsewhere).name == base["maml_ssl"]
+def test_default_names_keep_configurations_apart_and_hold_no_path():
+    plain = {call("parse_args", arm).name for arm in ARMS}
+    flags = "--lr .1,--pretext rotation,--inner joint,--labels-per-class 3,--inner-steps 2,--amp,"
+    flags = f"{flags}--pretext rotation contrastive,--dataset x/y --source /x/z,--first-order"
+    names = [call("parse_args", "maml_ssl", *f.split()).name for f in flags.split(",")]
+    assert len({*names} | plain) == len(names) + 3
+    long = flags.replace(",", " ").split()
+    names.append(call("parse_args", "maml_ssl", *long, "--dataset", f"a/{'b' * 200}").name)
+    assert all(len(name) <= 120 and "/" not in name for name in names)
+    elsewhere = "--seed 3 --device cpu --out x --data-dir y --eval-every 7 --flat-memory".split()
+    assert call("parse_args", "maml_ssl", *elsewhere, "--overwrite").name in plain
 
 
-def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(tmp_path, capsys):
-    run("pretrain_finetune", tmp_path, "--steps", 2)
-    log = tmp_path / "x" / "seed0" / "metrics.csv"
-    before = log.read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        run("pretrain_finetune", tmp_path, "--steps", 2)
-    assert stop.value.code == 0 and "finished" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        run("pretrain_finetune", tmp_path, "--steps", 2, "--lr", 0.5)
-    assert stop.value.code == 2 and "--lr" in capsys.readouterr().err
-    assert log.read_bytes() == before
-    rows, *_ = run("pretrain_finetune", tmp_path, "--steps", 2, "--lr", 0.5, "--overwrite")
-    assert len(rows) == 2 and log.read_bytes() != before
-
-
-def test_a_log_kept_without_its_checkpoint_is_finished_if_its_last_row_is_whole(tmp_path, capsys):
-    """As in results/: the checkpoint is not kept. Of an unfinished one nothing is taken over."""
-    flags = "--steps", 4, "--eval-every", 2, "--inner-lr", 0, "--pretext-weight", 0
-    run("maml_ssl", tmp_path, *flags)
-    directory = tmp_path / "x" / "seed0"
-    log = directory / "metrics.csv"
-    whole = log.read_text()
-    for kept, again in (
-        (whole, False),
-        (whole[:-20], True),
-        (whole[: whole.index("target,4")], True),
-    ):
-        log.write_text(kept)
-        (directory / "checkpoint.pt").unlink(missing_ok=True)
-        try:
-            run("maml_ssl", tmp_path, *flags, "--resume")
-        except SystemExit as stop:
-            assert stop.code == 0 and "finished" in capsys.readouterr().out and not again
-        assert (directory / "checkpoint.pt").exists() == again
-        assert len(log.read_text().splitlines()) == 3
+def test_amp_rounds_inside_the_network_alone(tmp_path):
+    images, heads = torch.rand(20, 3, 32, 32), {"target": maml_ssl.classifier(5)}
+    args = [call("parse_args", "maml_ssl", *TINY, *amp) for amp in ([], ["--amp"])]
+    exact, rounded = (maml_ssl.make_model(heads, a)(images).detach() for a in args)
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.1  # bfloat16: 2^-9 = 2e-3 each
+    _, state, config = run("maml_ssl", tmp_path, "--steps", 2, "--amp", "--pretext", "rotation")
+    assert config["amp"] and {x.dtype for x in state["model"].values()} == {torch.float32}
 
 
 # --- as users meet them ---
 
 
-def shell(command, cwd):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+def test_an_arm_and_pretext_copied_alone_into_an_empty_directory_run(tmp_path):
+    for arm in ARMS:
+        (folder := tmp_path / arm).mkdir()
+        for file in (f"{arm}.py", "pretext.py"):
+            shutil.copy(ROOT / file, folder)
+        words = [sys.executable, f"{arm}.py", *TINY, "--steps", "2", "--eval-every", "2"]
+        words += ["--pretext", "rotation"] if arm == "maml_ssl" else []
+        environment = os.environ | {"PYTHONPATH": ""}
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"target +\d .* accuracy 0\.\d{4}", done.stdout.splitlines()[-1])
+        assert len([*folder.glob("runs/*/seed0/metrics.csv")]) == 1
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_and_pretext_copied_alone_into_an_empty_directory_run(tmp_path, arm):
-    for file in (f"{arm}.py", "pretext.py"):
-        shutil.copy(ROOT / file, tmp_path)
-    result = shell([sys.executable, f"{arm}.py", *TINY, "--steps", "2"], tmp_path)
-    assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-1]
-    assert re.search(r"\d\d?\.\d\d?%", result.stdout) and "metrics.csv" in last
+def test_readme_commands_run_with_small_sizes(tmp_path, monkeypatch):
+    """In its order, in one directory: what compare.py reads are the runs of those above it."""
+    pixels = torch.randint(0, 256, (60, 32, 32, 3), dtype=torch.uint8)
+    fake = SimpleNamespace(data=pixels, targets=[*range(10)] * 6)
+    for name, other in ("cifar10", "cifar100"), ("cifar100", "cifar10"):
+        monkeypatch.setitem(pretext.DATASETS, name, (lambda *_, **__: fake, other))
+    monkeypatch.chdir(tmp_path)
+    scripts = []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+        for script, flags in re.findall(r"\bpython (\w+\.py)([^#\n]*)", block):
+            scripts.append(script)
+            small = [*TINY, "--steps", "2"] if script[:-3] in ARMS else []
+            monkeypatch.setattr(sys, "argv", [script, *flags.split(), *small])
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert {*scripts} == {path.name for path in ROOT.glob("*.py")}
+    assert len([*tmp_path.glob("runs/*/seed0/metrics.csv")]) == len(scripts) - 2
 
 
-def readme_commands(scripts=tuple(f"{arm}.py" for arm in ARMS)):
-    """The commands of README's code blocks that start one of the scripts."""
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-    lines = [line.split("#")[0].split("&&")[-1].strip() for line in text.splitlines()]
-    return [line for line in lines if line.startswith(tuple(f"python {s}" for s in scripts))]
-
-
-def test_readme_shows_commands_of_every_script():
-    for file in ROOT.glob("*.py"):
-        assert readme_commands((file.name,)), file
-
-
-# --- bfloat16 ---
-
-
-@pytest.mark.parametrize(
-    "arm, flags",
-    [("maml_ssl", ["--pretext", "rotation", "contrastive"]), ("linear_probe", [])],
-)
-def test_amp_rounds_only_inside_the_network(tmp_path, monkeypatch, arm, flags):
-    module, sums, outputs = ARMS[arm], [], set()
-    forward, norm = module.Model.forward, torch.nn.utils.get_total_norm
-    monkeypatch.setattr(module.Model, "forward", lambda *x: outputs.add(
-        (out := forward(*x)).dtype) or out)  # fmt: skip
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: sums.append(
-        torch.cat([g.flatten() for g in grads])) or norm(grads))  # fmt: skip
-    for amp in [], ["--amp"]:
-        _, checkpoint, _ = run(arm, tmp_path / str(amp), "--steps", 2, "--eval-every", 2,
-                               "--pretrain-steps" if arm == "linear_probe" else "--inner-steps", 1,
-                               *flags, *amp)  # fmt: skip
-        assert {x.dtype for x in checkpoint["model"].values()} == {torch.float32}
-    assert outputs == {torch.float32} and {g.dtype for g in sums} == {torch.float32}
-    for exact, rounded in zip(sums[:1], sums[2:3], strict=True):  # at the same weights
-        assert 1e-4 < (exact - rounded).norm() / exact.norm() < 0.4  # bfloat16: 2^-9 = 2e-3 each
-        assert torch.cosine_similarity(exact, rounded, dim=0) > 0.95
-
-
-def test_amp_adapts_in_float32(monkeypatch):
-    seen, adapt = set(), maml_ssl.adapt
-
-    def watched(loss, w, *rest, **named):
-        end, path = adapt(loss, w, *rest, **named)
-        seen.update(x.dtype for part in (w, end, path[0][2]) for x in part.values())
-        seen.add(path[0][1].dtype)
-        return end, path
-
-    monkeypatch.setattr(maml_ssl, "adapt", watched)
-    args = maml_ssl.parse_args([*TINY, "--amp", "--pretext", "rotation"])
-    task = {"rotation": pretext.Rotation(None)}
-    heads = {"target": lambda c: maml_ssl.classifier(3, c), "rotation": task["rotation"].make_head}
-    model = maml_ssl.make_model(args, heads)
-    images = torch.rand(8, 3, 32, 32)
-    batch = task["rotation"].make_batch(images, torch.arange(8), torch.Generator())
-    maml_ssl.outer_gradient(model, task, [({"rotation": batch}, images, torch.arange(8) % 3)], args)
-    assert seen == {torch.float32}
-
-
-# --- README ---
-
-
-def test_readme_s_file_map_counts_the_lines():
-    rows = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text())
-    assert {name for name, _ in rows} == {file.name for file in ROOT.glob("*.py")}
-    for name, count in rows:
-        assert int(count) == len((ROOT / name).read_text().splitlines()), name
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_run_with_small_sizes(command, tmp_path, image_folders):
-    words = shlex.split(command)[1:]
-    names = {"cifar10": image_folders / "a", "cifar100": image_folders / "b"}
-    names |= {"FOLDER": image_folders / "a", "OTHER": image_folders / "b"}
-    words = [str(names.get(word, word)) for word in words]
-    if "--dataset" in words and "--source" not in words:
-        words += ["--source", str(image_folders / "b")]
-    small = [*TINY, "--steps", "4", "--eval-every", "2", "--out", tmp_path, "--data-dir", tmp_path]
-    if "--labels-per-class" in words:
-        small += ["--labels-per-class", "8"]
-    if "--pretrain-steps" in words:
-        small += ["--pretrain-steps", "2"]
-    ARMS[Path(words[0]).stem].main([*words[1:], *map(str, small)])
-    assert len([*tmp_path.glob("*/seed*/metrics.csv")]) == 1
-
-
-def test_readme_commands_of_compare_and_pretext_run_with_small_sizes(tmp_path):
-    """In the order of README: the runs of the first are what the next ones read."""
-    small = {"--run": ["--out", "runs", "--seeds", "1", "--", *TINY, "--steps", "2"]}
-    for command in readme_commands(("compare.py", "pretext.py")):
-        if "results/" in command:
-            continue  # tests/test_compare.py runs those
-        script, *words = shlex.split(command)[1:]
-        words = ["1" if before == "--seeds" else w
-                 for before, w in zip([None, *words], words, strict=False)]  # fmt: skip
-        words += small.get(words[0] if words else None, [])
-        result = shell([sys.executable, str(ROOT / script), *words], tmp_path)
-        assert result.returncode == 0, (command, result.stderr)
-    assert (tmp_path / "pretext.png").exists() and len([*tmp_path.glob("runs/**/*.pdf")]) >= 1
-
-
-@pytest.fixture(scope="module")
-def image_folders(tmp_path_factory):
-    root, generator = tmp_path_factory.mktemp("folders"), torch.Generator().manual_seed(0)
-    for folder in ("a", "b"):
-        for split in ("train", "test"):
-            for label in ("cat", "dog", "owl"):
-                place = root / folder / split / label
-                place.mkdir(parents=True)
-                for i in range(12):
-                    image = torch.randint(0, 256, (3, 32, 32), generator=generator)
-                    pixels = image.permute(1, 2, 0).to(torch.uint8).numpy()
-                    Image.fromarray(pixels).save(place / f"{i}.png")
-    return root
-
-
-def test_readme_s_seventh_task_works_as_it_stands_there(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text()
-    example = re.search(r"```python\n(class .*?)```", text, re.S).group(1)
+def test_readme_s_pretext_task_works_as_it_stands_there(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(class .*?)```", README, re.S)
+    body, entry = example.rsplit("\n\n", 1)  # the class, then its line of TASKS
     assert len(example.strip().splitlines()) <= 20
-    source = (ROOT / "pretext.py").read_text()
-    body, entry = example.rsplit("\n\n", 1)  # the class, then its line of the dict
-    source = source.replace(
-        "TASKS: dict[str, type] = {\n", f"{body}\n\n\nTASKS = {{\n    {entry.strip()}\n"
-    )
-    (tmp_path / "pretext.py").write_text(source)
-    shutil.copy(ROOT / "maml_ssl.py", tmp_path)
-    name = re.match(r'"(\w+)"', entry.strip()).group(1)
-    command = [sys.executable, "maml_ssl.py", *TINY, "--steps", "2", "--pretext", name, "rotation"]
-    result = shell(command, tmp_path)
-    assert result.returncode == 0, result.stderr
+    exec(body, names := dict(vars(pretext)))
+    name, made = re.match(r'"(\w+)": (\w+),', entry).groups()
+    monkeypatch.setitem(pretext.TASKS, name, names[made])
+    rows, *_ = run("maml_ssl", tmp_path, "--steps", 1, "--pretext", name, "rotation")
+    assert float(rows[1]["train_loss"]) > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_readme_s_inner_loop_has_the_gradient_of_finite_differences(dropout, steps):
+    (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "def adapt" in s]
+    exec(snippet, names := {})
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+    start, direction = torch.randn(2, 6, 5, generator=pretext.rng(0, ""), dtype=torch.float64)
+    loss = lambda p: F.dropout(torch.tanh(x @ p["w"]), dropout).pow(2).mean()  # noqa: E731
+
+    def outer(w):
+        torch.manual_seed(0)  # of the dropout
+        return names["adapt"](loss, {"w": w, "psi": w[0]}, 0.7, steps)["w"].sin().sum()
+
+    outer(w := start.clone().requires_grad_()).backward()
+    up, down = (outer((start + h * direction).requires_grad_()).item() for h in (1e-6, -1e-6))
+    assert (w.grad * direction).sum().item() == pytest.approx((up - down) / 2e-6, rel=1e-6)

@@ -1,292 +1,117 @@
-"""Images and labels: folders of any files, downloads, label budgets, augmentation, batches."""
+"""Images, labels and environments: folders, downloads, label budgets, batches, support."""
 
-import functools
-import gzip
 import hashlib
-import http.server
-import io
 import os
 import pickle
-import random
-import signal
-import struct
-import tarfile
-import threading
-import zlib
+import sys
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 
 import linear_probe
 import maml_ssl
 import pretext
 import pretrain_finetune
 
-draw_shapes = functools.cache(pretext.draw_shapes)
-ARMS = [maml_ssl, pretrain_finetune, linear_probe]
-TINY = ["--steps", "2", "--eval-every", "2", "--batch-size", "8", "--width", "4"]
+DRAW, COLOURED = pretext.draw_shapes, pretext.draw_coloured_shapes
+PLAIN = "train/a/1.png train/b/2.png test/a/3.png test/b/4.png"
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Every test works in a directory of its own, and the arms' signal handlers go after it."""
+    """Every test works in a folder of its own, with few drawn images and without network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretext, "draw_shapes", draw_shapes)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    monkeypatch.setattr(pretext, "draw_shapes", lambda n, *rest: DRAW(n // 10, *rest))
+    monkeypatch.setattr(pretext, "draw_coloured_shapes", lambda n, *rest: COLOURED(n // 40, *rest))
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=URLError("offline")))
 
 
-def arguments(arm, *argv):
-    """The arguments of an arm, in which the source is never read."""
-    return arm.parse_args(
-        [*map(str, argv), *([] if "--source" in argv else ["--source", "shapes"])]
-    )
+def picture(number):
+    """32 x 32 pixels of sixteen colours at random: what a palette holds without loss."""
+    rng = np.random.default_rng(number)
+    colours = rng.integers(256, size=(16, 3)).astype(np.uint8)
+    return Image.fromarray(colours[rng.integers(16, size=(32, 32))])
 
 
-def refused(capsys, function, *words):
-    """Whether `function` ends with exit code 2 and one line on stderr that says all the words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function()
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0], (word, lines[0])
+def pixels(*images):
+    """Of pictures, or of those that numbers give: uint8 [N, 3, H, W]."""
+    images = [picture(x) if isinstance(x, int) else x for x in images]
+    arrays = np.stack([np.array(image.convert("RGB")) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2)
 
 
-# --- a folder ---
-
-
-def picture(seed=0, side=32):
-    """Sixteen colours at random: what a palette holds without loss."""
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(256, size=(16, 3)).astype(np.uint8)[
-        rng.integers(16, size=(side, side))])  # fmt: skip
-
-
-def folder(root, **files):
-    """A folder tree of two classes, a and b; `files`: further training images of class b."""
-    for i, (split, label) in enumerate([(s, c) for s in ("train", "test") for c in "ab"]):
-        (root / split / label).mkdir(parents=True)
-        picture(i).save(root / split / label / f"{i}.png")
-    for name, image in files.items():
-        image.save(root / "train" / "b" / name)
+def folder(root, places=PLAIN):
+    """A folder with these files, as pictures that their numbers give."""
+    for place in places.split():
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        picture(int((root / place).stem)).save(root / place)
     return root
 
 
-def load(root, *argv):
-    return maml_ssl.load(str(root), arguments(maml_ssl, "--dataset", root, *argv))
-
-
-def channels_first(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def loaded(root, name, image, **options):
-    """What the loader makes of one training image: [3, 32, 32]."""
-    image.save(folder(root) / "train" / "b" / name, **options)
-    data = load(root)
-    assert data.labels.tolist() == [0, 1, 1]
-    return data.images[1 if name < "1.png" else 2]
+def load(root):
+    return pretext.load(str(root), "data", 32, "cpu")
 
 
 @pytest.mark.parametrize("name, mode, options", [
-    ("0.png", "RGB", {}), ("0.png", "P", {}), ("0.png", "RGBA", {}), ("0.gif", "P", {}),
-    ("0.gif", "P", {"save_all": True, "append_images": [picture(9), picture(8)]}),
-    ("0.bmp", "RGB", {}), ("0.ppm", "RGB", {}), ("0.tif", "RGB", {}), ("0.tiff", "CMYK", {}),
-    ("0.webp", "RGB", {"lossless": True}), ("ein Bild, größer als 猫 \N{CAT FACE}.png", "RGB", {}),
-    ("no ending", "RGB", {"format": "PNG"}),
+    ("9.png", "RGB", {}), ("9.png", "P", {}), ("9.png", "RGBA", {}), ("9.gif", "P", {}),
+    ("9.bmp", "RGB", {}), ("9.ppm", "RGB", {}), ("9.tif", "RGB", {}), ("9.tiff", "CMYK", {}),
+    ("9.webp", "RGB", {"lossless": True}), ("größer als 猫.png", "RGB", {}),
+    ("no ending", "RGB", {"format": "PNG"}), ("9.png", "L", {}), ("9.png", "1", {}),
 ])  # fmt: skip
 def test_a_file_of_any_mode_has_the_pixels_of_its_picture(tmp_path, name, mode, options):
-    image = picture(5)
-    converted = image.quantize(16) if mode == "P" else image.convert(mode)
-    pixels = loaded(tmp_path / "of any kind", name, converted, **options)
-    assert torch.equal(pixels, channels_first(image))
+    image = picture(9).quantize(16) if mode == "P" else picture(9).convert(mode)
+    image.save(folder(tmp_path / "of any kind") / "train/b" / name, **options)
+    assert torch.equal(load(tmp_path / "of any kind").images, pixels(1, 2, image))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "1"])
-def test_gray_images_get_three_equal_channels(tmp_path, mode):
-    image = picture(5).convert(mode)
-    expected = torch.from_numpy(np.array(image.convert("L")))
-    assert torch.equal(loaded(tmp_path / "f", "0.png", image), expected.expand(3, -1, -1))
+def test_the_central_square_is_taken_upright_and_sixteen_bits_are_scaled():
+    for size, corner in ((64, 32), (16, 0)), ((32, 64), (0, 16)):
+        wide = Image.new("RGB", size, "white")
+        wide.paste(picture(9), corner)
+        wide.save("wide.png")
+        assert torch.equal(pretext.decode("wide.png", 32), pixels(9)[0])
+    stored, exif = Image.linear_gradient("L").resize((32, 32)), Image.Exif()  # black is above
+    exif[274] = 6  # to be turned by 90 degrees, clockwise: then black is on the right
+    stored.save("turned.jpg", exif=exif)
+    difference = pretext.decode("turned.jpg", 32).int() - pixels(stored)[0].rot90(-1, (1, 2)).int()
+    assert difference.abs().max() < 8
+    gray = torch.arange(1024).view(32, 32) % 256
+    for name in "deep.png", "deep.tif":
+        Image.fromarray((257 * gray).numpy().astype(np.uint16)).save(name)  # 255 -> 65535
+        assert torch.equal(pretext.decode(name, 32), gray.byte().expand(3, -1, -1))
 
 
-def test_cmyk_jpeg_is_near_its_picture(tmp_path):
-    image = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
-    pixels = loaded(tmp_path / "f", "0.jpg", image.convert("CMYK"), quality=95)
-    assert (pixels.int() - channels_first(image).int()).abs().max() < 12
+@pytest.mark.parametrize("name", ["cut.png", "cut.jpg", "cut.gif", "float.tif"])
+def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, name):
+    file = folder(tmp_path / "f") / "train/b" / name
+    floating = Image.fromarray(np.ones((32, 32), np.float32))
+    (floating if name == "float.tif" else picture(9)).save(file)
+    file.write_bytes(file.read_bytes()[: None if name == "float.tif" else 300])
+    with pytest.raises(ValueError, match=f"{name} is no image .* remove it"):
+        load(tmp_path / "f")
 
 
-@pytest.mark.parametrize("name", ["0.png", "0.tif", "0.pgm"])
-def test_sixteen_bits_of_gray_are_scaled_not_clipped(tmp_path, name):
-    gray = np.random.default_rng(0).integers(256, size=(32, 32)).astype(np.uint8)
-    deep = gray.astype(np.uint16) * 257  # 255 -> 65535
-    if name == "0.pgm":
-        (folder(tmp_path / "f") / "train/b/0.pgm").write_bytes(
-            b"P5 32 32 65535\n" + deep.astype(">u2").tobytes()
-        )
-        pixels = load(tmp_path / "f").images[1]
-    else:
-        pixels = loaded(tmp_path / "f", name, Image.fromarray(deep))
-    assert torch.equal(pixels, torch.from_numpy(gray).expand(3, -1, -1))
-
-
-def test_the_central_square_is_taken_and_scaled(tmp_path):
-    slope = np.arange(64)[:, None] * 2 + np.arange(64) + 10  # linear: its scaled version is known
-    for name, axis in ("0wide.png", 1), ("0tall.png", 0):
-        sides = np.full((64, 64), 255)
-        pixels = np.concatenate([sides, slope, sides], axis).astype(np.uint8)
-        got = loaded(tmp_path / name, name, Image.fromarray(pixels)).int()
-        means = torch.from_numpy(slope.reshape(32, 2, 32, 2).mean((1, 3)))
-        assert (got - means)[:, 2:-2, 2:-2].abs().max() <= 1
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2000, 3)])
-def test_extreme_shapes_load(tmp_path, size):
-    pixels = loaded(tmp_path / "f", "0.png", Image.new("RGB", size, (10, 200, 30)))
-    assert torch.equal(pixels, torch.tensor([10, 200, 30], dtype=torch.uint8)[:, None, None]
-                       .expand(3, 32, 32))  # fmt: skip
-
-
-def bomb():
-    """A PNG of 100 bytes that says it has 30,000 x 30,000 pixels."""
-
-    def chunk(kind, data):
-        checked = kind + data
-        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def encoded(kind):
-    file = io.BytesIO()
-    picture(3).save(file, kind)
-    return file.getvalue()
-
-
-def floating_point():
-    file = io.BytesIO()
-    Image.fromarray(np.ones((32, 32), np.float32)).save(file, "TIFF")
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("name, content", [
-    ("truncated.png", encoded("PNG")[:-200]), ("truncated.jpg", encoded("JPEG")[:300]),
-    ("truncated.gif", encoded("GIF")[:200]), ("zero byte.png", b""), ("bomb.png", bomb()),
-    ("notes.txt", b"not an image"), ("text.jpg", b"not an image"), ("float.tif", floating_point()),
-    ("größe.png", b"\x89PNG\r\n\x1a\n"), ("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n"
-     b"%%BoundingBox: 0 0 9 9\n%%EndComments\n"),  # Pillow would start Ghostscript
-])  # fmt: skip
-def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, capsys, name, content):
-    (folder(tmp_path / "f") / "train" / "b" / name).write_bytes(content)
-    refused(capsys, lambda: load(tmp_path / "f"), name, "read as an image", "remove it")
-    assert not (tmp_path / "data").exists()
-
-
-def test_no_file_starts_ghostscript(tmp_path, monkeypatch):
-    Image.new("RGB", (9, 9)).save(tmp_path / "script.png", "EPS")
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: Image.new("RGB", (9, 9)).im)
-    with pytest.raises(SystemExit):
-        maml_ssl.decode(str(tmp_path / "script.png"), 32)
-
-
-def test_a_link_to_nowhere_is_refused_by_name(tmp_path, capsys):
-    (folder(tmp_path / "f") / "train/b/lost.png").symlink_to("nowhere")
-    refused(capsys, lambda: load(tmp_path / "f"), "lost.png")
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_any_damage_ends_in_an_image_or_in_the_file_s_name(tmp_path, capsys):
-    choose, outcomes = random.Random(0), []
-    for i in range(300):
-        content = bytearray(encoded(choose.choice(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])))
-        for _ in range(choose.randint(1, 20)):
-            content[choose.randrange(len(content) // choose.choice([1, 10]))] = choose.randrange(
-                256
-            )
-        (tmp_path / f"{i}.png").write_bytes(content[: choose.choice([None, -1, -50, 60])])
-        try:
-            image = maml_ssl.decode(str(tmp_path / f"{i}.png"), 32)
-            outcomes.append((image.shape, image.dtype) == ((3, 32, 32), torch.uint8))
-        except SystemExit as stop:
-            outcomes.append(None)
-            assert stop.code == 2 and f"{i}.png" in capsys.readouterr().err
-    assert False not in outcomes and {True, None} <= {*outcomes}
-
-
-def test_hidden_files_are_passed_over(tmp_path):
-    (folder(tmp_path / ".hidden" / "f") / "train" / "b" / ".DS_Store").write_bytes(b"\0")
-    assert len(load(tmp_path / ".hidden" / "f").images) == 2
-
-
-def test_val_stands_in_for_test(tmp_path):
-    root = folder(tmp_path / "f")
-    expected = load(root)
+def test_hidden_files_are_passed_over_and_val_stands_in_for_test(tmp_path):
+    root = folder(tmp_path / ".hidden/f")
+    (root / "train/b/.DS_Store").write_bytes(b"\0")
+    assert torch.equal(load(root).images, pixels(1, 2)) and not load(root).environments.any()
     (root / "test").rename(root / "val")
-    for x, y in zip(load(root), expected, strict=True):
-        assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+    assert torch.equal(load(root).test_images, pixels(3, 4))
 
 
-# --- the decoded copy ---
-
-
-@pytest.fixture
-def decoded_files(monkeypatch):
-    """The names of the files that were decoded."""
-    names, decode = [], maml_ssl.decode
-    monkeypatch.setattr(maml_ssl, "decode", lambda path, side: (
-        names.append(os.path.basename(path)) or decode(path, side)))  # fmt: skip
-    return names
-
-
-def test_the_second_time_nothing_is_decoded(tmp_path, decoded_files):
-    first = load(folder(tmp_path / "f"))
-    assert len(decoded_files) == 4
-    second = load(tmp_path / "f")
-    assert len(decoded_files) == 4
-    assert torch.equal(first.images, second.images)
-    assert torch.equal(first.test_labels, second.test_labels)
-
-
-@pytest.mark.parametrize(
-    "change", ["replaced", "same size", "added", "removed", "renamed", "class"]
-)
-def test_the_copy_follows_the_folder(tmp_path, change):
-    root = folder(tmp_path / "f", **{"2.bmp": picture(7), "3.bmp": picture(8)})
-    load(root)
-    file, expected = root / "train/b/3.bmp", picture(8)
-    if change == "replaced":
-        expected = picture(9).convert("L").convert("RGB")
-        file.write_bytes(b"")
-        expected.save(file)
-    elif change == "same size":
-        expected, size = picture(9), file.stat().st_size
-        expected.save(file)
-        assert file.stat().st_size == size
-    elif change == "added":
-        expected = picture(9)
-        expected.save(root / "train/b/4.bmp")
-    elif change == "removed":
-        expected = picture(7)
-        file.unlink()
-    elif change == "renamed":
-        expected = picture(7)
-        file.rename(root / "train/b/0.bmp")
-    elif change == "class":
-        expected = picture(7)
-        file.rename(root / "train/a/9.bmp")
-    data = load(root)
-    assert torch.equal(data.images[-1], channels_first(expected))
-    assert data.labels.bincount().tolist() == {"added": [1, 4], "removed": [1, 2], "class": [2, 2]
-                                               }.get(change, [1, 3])  # fmt: skip
+def test_folders_below_the_classes_are_environments_training_s_first(tmp_path):
+    files = "train/a/y/1.png train/a/x/2.png train/b/x/3.png test/a/y/4.png test/b/w/5.png"
+    root = folder(tmp_path / "f", files)
+    for _ in range(2):  # decoded, and from the copy
+        data = load(root)
+        assert torch.equal(data.images, pixels(2, 1, 3)) and data.labels.tolist() == [0, 0, 1]
+        assert data.environments.tolist() == [0, 1, 0]  # x, y
+        assert data.test_environments.tolist() == [1, 2]  # y, w
 
 
 class Attack:
@@ -294,346 +119,212 @@ class Attack:
         return os.mkdir, ("attacked",)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "no dict", "attack", "a directory"])
-def test_a_damaged_copy_is_made_again(tmp_path, decoded_files, damage):
-    expected = load(folder(tmp_path / "f"))
+def test_files_are_decoded_once_until_one_changes_or_the_copy_is_damaged(tmp_path, monkeypatch):
+    root, decoded, decode = folder(tmp_path / "f", f"{PLAIN} train/b/5.bmp"), [], pretext.decode
+    monkeypatch.setattr(pretext, "decode", lambda *args: decoded.append(args) or decode(*args))
+    for _ in range(2):
+        assert torch.equal(load(root).images, pixels(1, 2, 5)) and len(decoded) == 5
     (copy,) = (tmp_path / "data").iterdir()
-    content = copy.read_bytes()
-    if damage == "no dict":
-        torch.save([1, 2], copy)
-    elif damage == "attack":
-        torch.save(Attack(), copy)
-    elif damage == "a directory":
-        copy.unlink()
-        copy.mkdir()
-    else:
-        wrong = {"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\x80\x02" * 999}
-        copy.write_bytes(wrong[damage])
-    assert torch.equal(load(tmp_path / "f").images, expected.images)
-    assert len(decoded_files) == 8
+    torch.save(Attack(), "attack")
+    for count, damage in (10, copy.read_bytes()[:999]), (15, (tmp_path / "attack").read_bytes()):
+        copy.write_bytes(damage)
+        for _ in range(2):
+            assert torch.equal(load(root).images, pixels(1, 2, 5)) and len(decoded) == count
     assert not (tmp_path / "attacked").exists()
-    load(tmp_path / "f")
-    assert len(decoded_files) == (12 if damage == "a directory" else 8)
+    picture(6).save(root / "train/b/5.bmp")  # of the same size
+    assert torch.equal(load(root).images, pixels(1, 2, 6))
 
 
-def test_folders_of_one_name_and_sizes_of_one_folder_keep_apart(tmp_path, decoded_files):
-    roots = [folder(tmp_path / x / y / "photos") for x in "pq" for y in "rs"]
-    for i, root in enumerate(roots):
-        picture(40 + i).save(root / "train/a/0.png")
-    for _ in range(2):
-        for i, root in enumerate(roots):
-            assert torch.equal(load(root).images[0], channels_first(picture(40 + i)))
-    for side in 16, 32:
-        expected = maml_ssl.decode(str(roots[0] / "train/a/0.png"), side)
-        assert torch.equal(load(roots[0], "--image-size", side).images[0], expected)
-    decoded_files.clear()  # two of one name in one run, as dataset and as source, are common
-    for _ in range(2):
-        load(roots[0]), load(roots[1])
-    assert len(decoded_files) <= 8
+def test_cifar_has_the_colours_of_its_files_and_a_damaged_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    planes = np.random.default_rng(0).integers(256, size=(20, 3072)).astype(np.uint8)  # R, G, B
+    content = {"data": planes, "labels": [i % 10 for i in range(20)], "label_names": ["x"]}
+    (files := tmp_path / "data/cifar-10-batches-py").mkdir(parents=True)
+    for name in *(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta":
+        (files / name).write_bytes(pickle.dumps(content))
+    data = pretext.load("cifar10", "data", 32, "cpu")
+    assert torch.equal(data.test_images, torch.from_numpy(planes).view(20, 3, 32, 32))
+    assert data.labels.tolist() == content["labels"] * 5 and data.flip
+    (files / "test_batch").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match=r"^cifar10 is not in data .* remove what is damaged"):
+        pretext.load("cifar10", "data", 32, "cpu")
 
 
-def test_where_no_copy_can_be_written_none_is_needed(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert len(load(folder(tmp_path / "f"), "--data-dir", tmp_path / "file").images) == 2
-    assert (tmp_path / "file").read_text() == ""
+def test_digits_are_gray_and_never_mirrored_and_no_network_is_said_with_the_ways_round_it(tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)^mnist .*shapes and a folder need no network"):
+        pretext.load("mnist", "data", 28, "cpu")
+    (tmp_path / "data/MNIST/raw").mkdir(parents=True, exist_ok=True)
+    digits = np.random.default_rng(0).integers(256, size=(24, 28, 28)).astype(np.uint8)
+    for kind, array in ("images-idx3", digits), ("labels-idx1", digits[:, 0, 0] % 10):
+        header = np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes()
+        for part in "train", "t10k":
+            file = tmp_path / "data/MNIST/raw" / f"{part}-{kind}-ubyte"
+            file.write_bytes(header + array.tobytes())
+    data = pretext.load("mnist", "data", 28, "cpu")
+    assert torch.equal(data.images, torch.from_numpy(digits)[:, None].expand(-1, 3, -1, -1))
+    assert data.test_labels.tolist() == (digits[:, 0, 0] % 10).tolist() and not data.flip
 
 
-# --- the label budget ---
+def numbered(environments, test_environments=(0, 0)):
+    """Images whose every pixel is their number (the test's go on counting), of three classes."""
+    home = torch.tensor([*environments, *test_environments])
+    images = torch.arange(len(home)).byte().view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
+    parts = (images, torch.arange(len(home)) % 3, home)
+    train, test = zip(*(x.tensor_split([len(environments)]) for x in parts), strict=True)
+    return pretext.Data(*train, *test, flip=True)
 
 
-def rows(images):
-    return [image.numpy().tobytes() for image in images]
+def numbers(images):
+    return images[:, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize("eval_on", ["test", "val"])
-def test_a_label_budget_holds_exactly_and_alike_in_every_arm(eval_on):
-    argv = ["--labels-per-class", "20", "--eval-on", eval_on]
-    everything = maml_ssl.load("shapes", arguments(maml_ssl))
-    label_of = dict(zip(rows(everything.images), everything.labels.tolist(), strict=True))
-    one, two, three = (arm.load_target(arguments(arm, *argv)) for arm in ARMS)
-    held = 4 if eval_on == "val" else 0  # a fifth
-    assert one.labels.bincount().tolist() == [20 - held] * 10
-    assert [label_of[row] for row in rows(one.images)] == one.labels.tolist()
-    if held:
-        assert one.test_labels.bincount().tolist() == [held] * 10
-        assert [label_of[row] for row in rows(one.test_images)] == one.test_labels.tolist()
-        assert not {*rows(one.images)} & {*rows(one.test_images)}
-    else:
-        assert torch.equal(one.test_images, everything.test_images)
-    for other in two, three:
-        assert all(torch.equal(x, y) for x, y in zip(one[:4], other[:4], strict=True))
-    seed_1 = maml_ssl.load_target(arguments(maml_ssl, *argv, "--seed", "1"))
-    shared = {*rows(one.images)} & {*rows(seed_1.images)}
-    assert len(shared) < 60  # 16 of 160 by chance
+@pytest.mark.parametrize("environments", [1, 2])
+@pytest.mark.parametrize("eval_on, held", [("test", 0), ("val", 4)])
+def test_a_label_budget_holds_exactly_and_in_equal_parts(environments, eval_on, held):
+    data = numbered([i // 3 % environments for i in range(120)])  # 40 of each class
+    found = pretext.limit_labels(data, 20, eval_on, 0)
+    kept, scored = numbers(found.images), numbers(found.test_images)
+    assert len({*kept}) == len(kept) == 3 * (20 - held)
+    assert found.labels.tolist() == [i % 3 for i in kept]
+    assert found.environments.tolist() == [i // 3 % environments for i in kept]
+    kinds = (found.labels * environments + found.environments).bincount()
+    assert kinds.tolist() == [(20 - held) // environments] * 3 * environments
+    if held:  # with two environments half of it is not scored, but adapted to
+        assert len({*scored}) == 3 * held // environments and max(scored) < 120
+        assert not {*kept} & {*scored} and found.test_labels.tolist() == [i % 3 for i in scored]
+    assert {*kept} != {*numbers(pretext.limit_labels(data, 20, eval_on, 1).images)}
 
 
-def test_without_a_budget_every_label_is_used_once():
-    data = maml_ssl.load_target(arguments(maml_ssl))
-    assert {*rows(data.images)} == {*rows(maml_ssl.load("shapes", arguments(maml_ssl)).images)}
-    val = maml_ssl.load_target(arguments(maml_ssl, "--eval-on", "val"))
-    assert (len(val.images), len(val.test_images)) == (1600, 400)
-    assert not {*rows(val.images)} & {*rows(val.test_images)}
-    assert not {*rows(data.test_images)} & {*rows(val.test_images)}
+def test_without_a_budget_every_label_is_used_once_and_too_large_a_one_is_refused():
+    data = numbered([0] * 60)
+    assert sorted(numbers(pretext.limit_labels(data, None, "test", 0).images)) == [*range(60)]
+    for budget, eval_on in ((21, "test"), (1, "val"), (0, "test"), (-1, "test")):
+        with pytest.raises(ValueError, match=f"-class {budget}, .*{eval_on}: take . to 20"):
+            pretext.limit_labels(data, budget, eval_on, 0)
 
 
-# --- augmentation and batches ---
-
-
-def naive_augmentations(image):
-    """{(dy, dx, mirrored): image} for one [3, H, W], by loops; what moves in is black."""
-    _, h, w = image.shape
-    found = {}
-    for dy in range(-(h // 8), h // 8 + 1):
-        for dx in range(-(w // 8), w // 8 + 1):
-            moved = torch.zeros_like(image)
-            for y in range(h):
-                for x in range(w):
-                    if 0 <= y + dy < h and 0 <= x + dx < w:
-                        moved[:, y, x] = image[:, y + dy, x + dx]
-            found[dy, dx, False] = moved
-            found[dy, dx, True] = moved.flip(2)
-    return found
+def test_the_checksum_changes_with_one_pixel_label_or_environment():
+    sums = {pretext.checksum(numbered([0] * 9))}
+    for part in range(6):
+        data = numbered([0] * 9)
+        data[part].view(-1)[0] += 1
+        sums.add(pretext.checksum(data))
+    assert len(sums) == 7
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_augmentation_shifts_and_mirrors_each_image_by_itself(flip):
-    image = torch.randint(1, 256, (3, 16, 16), dtype=torch.uint8)
-    table = {x.numpy().tobytes(): key for key, x in naive_augmentations(image).items()}
-    assert len(table) == 50
-    batch = image.expand(600, -1, -1, -1)
-    out = maml_ssl.augment(batch, torch.Generator().manual_seed(0), flip)
-    assert out.dtype == torch.float32 and out.is_contiguous()
-    keys = [table[row] for row in rows((out * 255).round().to(torch.uint8))]  # KeyError: none
-    assert torch.equal(out, (out * 255).round() / 255)
-    assert {(dy, dx) for dy, dx, _ in keys} == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
-    mirrored = sum(key[2] for key in keys)
-    assert 220 < mirrored < 380 if flip else mirrored == 0
-    again = maml_ssl.augment(batch, torch.Generator().manual_seed(0), flip)
-    assert torch.equal(out, again)
+def test_augmentation_shifts_and_mirrors_each_image_by_itself_into_black(flip):
+    image, places = torch.randint(1, 256, (3, 16, 16)).byte(), {}
+    padded = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    padded[:, 2:18, 2:18] = image
+    for dy, dx in np.ndindex(5, 5):
+        moved = padded[:, dy : dy + 16, dx : dx + 16]
+        places[moved.numpy().tobytes()] = dy, dx, False
+        places[moved.flip(2).numpy().tobytes()] = dy, dx, True
+    out = pretext.augment(image.expand(600, -1, -1, -1), torch.Generator().manual_seed(0), flip)
+    found = [places[x.numpy().tobytes()] for x in (out * 255).round().byte()]  # KeyError: none
+    assert len({*found}) == (50 if flip else 25)
+    assert 220 < sum(place[2] for place in found) < 380 or not flip
 
 
-def made_up(n, flip=True):
-    images = torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8)
-    return maml_ssl.Data(images, torch.arange(n) % 3, images, torch.arange(n) % 3, flip)
-
-
-@pytest.mark.parametrize("n, batch", [(10, 5), (10, 4), (10, 10), (10, 25), (7, 3), (1, 2)])
-def test_every_image_comes_once_in_each_epoch(n, batch):
-    data, args = made_up(n), arguments(maml_ssl, "--batch-size", max(batch, 4))
-    args.batch_size = batch
-    taken = []
-    for step in range(3 * n):
-        images, labels, index = maml_ssl.labelled_batch(data, step, args)
-        assert len(images) == len(labels) == len(index) == batch
-        assert torch.equal(labels, data.labels[index])
+@pytest.mark.parametrize("size", [3, 5, 25])
+@pytest.mark.parametrize("environments", [[0] * 10, [0, 1, 1, 0, 1, 0, 1, 0, 0]])
+def test_batches_are_equal_parts_of_shuffled_epochs_of_each_environment(environments, size):
+    data, taken = numbered(environments), []
+    for step in range(30):
+        _, labels, index = pretext.labelled_batch(data, step, size, 0)
+        assert len(index) == size and torch.equal(labels, data.labels[index])
+        parts = data.environments[index].bincount(minlength=max(environments) + 1)
+        assert parts.max() - parts.min() <= 1
         taken += index.tolist()
-    epochs = [taken[i : i + n] for i in range(0, len(taken) - n + 1, n)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    if n > 5:
-        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    for environment in {*environments}:
+        members = [i for i, e in enumerate(environments) if e == environment]
+        order, n = [i for i in taken if i in members], len(members)
+        epochs = [order[i : i + n] for i in range(0, len(order) - n, n)]
+        assert all(sorted(epoch) == members for epoch in epochs) and epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("argv", [[], ["--labels-per-class", "20", "--eval-on", "val"]])
-def test_every_arm_sees_the_same_labelled_batches_at_the_same_step(argv, monkeypatch):
-    seen = {}
-    for arm in ARMS:
-
-        def recorded(data, step, args, purpose="query", arm=arm, original=arm.labelled_batch):
-            batch = original(data, step, args, purpose)
-            if purpose == "query":
-                seen.setdefault(arm.__name__, {})[step] = batch
-            return batch
-
-        monkeypatch.setattr(arm, "labelled_batch", recorded)
-        own = ["--steps", "4", "--pretrain-steps", "2"]
-        own = own if arm is not maml_ssl else ["--pretext", "rotation"]
-        arm.main([*TINY, *argv, *own])
-    one, *others = seen.values()
-    assert [*one] == [0, 1]
-    for other in others:
-        for step in one:
-            assert all(torch.equal(x, y) for x, y in zip(one[step], other[step], strict=True))
-    assert not torch.equal(one[0][0], one[1][0])
+def test_with_one_environment_everything_is_drawn_as_before_there_were_several():
+    images = (torch.arange(60 * 3 * 16 * 16) * 7919 % 251).byte().view(60, 3, 16, 16)
+    data = numbered([0] * 60)._replace(images=images)
+    batch, _, index = pretext.labelled_batch(data, 7, 8, 0)
+    assert index.tolist() == [10, 44, 49, 9, 48, 58, 33, 19]
+    content = (batch * 255).round().byte().numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest().startswith("4ea5a2f9c198191d")
+    found = pretext.limit_labels(data, 10, "val", 0)
+    assert torch.equal(found.test_images, images[[15, 3, 10, 55, 59, 53]])
+    assert torch.equal(found.images[:8], images[[27, 12, 33, 39, 57, 0, 9, 21]])
 
 
-# --- downloads ---
+@pytest.mark.parametrize("dataset", ["shapes", "coloured_shapes"])
+def test_arms_see_the_same_batches_and_support_is_of_other_images(monkeypatch, dataset):
+    batch = pretext.labelled_batch
+    seen, support = Mock(wraps=batch), Mock(wraps=pretext.batches)
+    monkeypatch.setattr(pretext, "labelled_batch", seen)
+    monkeypatch.setattr(pretext, "batches", support)
+    flags = f"--dataset {dataset} --width 4 --batch-size 8 --labels-per-class 10 --eval-on val"
+    maml = "--steps 2 --inner per-task --pretext rotation contrastive"
+    for arm in maml_ssl, pretrain_finetune, linear_probe:
+        own = maml if arm is maml_ssl else "--steps 4 --pretrain-steps 2"
+        monkeypatch.setattr(sys, "argv", [arm.__name__, *flags.split(), *own.split()])
+        arm.main()
+    calls = [call.args for call in seen.mock_calls]
+    queries = [batch(*args) for args in calls if args[4:] in ((), ("query",))]
+    assert len(queries) == 6 and not torch.equal(queries[0][0], queries[1][0])
+    for i, query in enumerate(queries):
+        assert all(torch.equal(x, y) for x, y in zip(query, queries[i % 2], strict=True))
+    home, made = calls[0][0].environments, [call.args for call in support.mock_calls]
+    for step in 0, 1:
+        found = [args[5] for args in made if args[2][:7] == "pretext" and args[3] == step]
+        others = torch.ones(len(home), dtype=torch.bool).index_fill(0, queries[step][2], False)
+        expected = [(home == e) & others for e in home.unique() for _ in range(2)]
+        assert torch.equal(torch.stack(found), torch.stack(expected))
+        assert all(found[-1][pretext.draw(found[-1], 3, pretext.rng(0, ""))].tolist())
 
 
-def md5(content):
-    return hashlib.md5(content).hexdigest()
+@pytest.mark.parametrize("test", [[0] * 9 + [1] * 8 + [2] * 7, [1] * 9 + [2] * 8, [0] * 9])
+@pytest.mark.parametrize("train", [[0, 1] * 9, [0] * 18])
+def test_evaluation_adapts_to_images_of_the_scored_environment_that_none_scores(train, test):
+    data, home = pretext.limit_labels(numbered(train, test), None, "test", 0), [*train, *test]
+    scored, done = numbers(data.test_images), []
+    for part, images, mask, *_ in pretext.adaptations(data, False, 4):
+        aside = numbers(images[mask])
+        assert aside and not {*aside} & {*scored}
+        assert len({home[i] for i in aside} | {home[scored[k]] for k in part}) == 1
+        done += part.tolist()
+    assert sorted(done) == [*range(len(scored))]
 
 
-def cifar_archive(monkeypatch, dataset, counts=(40, 20), classes=10):
-    """Make `dataset` expect a tiny archive in its own format; -> archive, images, labels."""
-    rng, files, truth = np.random.default_rng(classes), {}, []
-    key = "fine_labels" if dataset.__name__ == "CIFAR100" else "labels"
-    for (name, _), count in zip([dataset.train_list[0], dataset.test_list[0]], counts, strict=True):
-        pixels = rng.integers(256, size=(count, 3072)).astype(np.uint8)  # red, green, blue planes
-        labels = [i % classes for i in range(count)]
-        files[name] = pickle.dumps({"data": pixels, key: labels}, protocol=2)
-        truth += [torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.tensor(labels)]
-    names = [f"class {i}" for i in range(classes)]
-    files[dataset.meta["filename"]] = pickle.dumps({dataset.meta["key"]: names}, protocol=2)
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"{dataset.base_folder}/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    train, test, meta = ([name, md5(content)] for name, content in files.items())
-    monkeypatch.setattr(dataset, "train_list", [train])
-    monkeypatch.setattr(dataset, "test_list", [test])
-    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": meta[1]})
-    monkeypatch.setattr(dataset, "tgz_md5", md5(file.getvalue()))
-    monkeypatch.setattr(dataset, "url", "http://127.0.0.1:9/nobody listens")
-    return file.getvalue(), truth
+def test_several_environments_have_no_use_for_a_source_s_images():
+    one, two = numbered([0] * 6), numbered([0, 1] * 3)
+    images, home = pretext.pool([one, two])
+    assert torch.equal(images, torch.cat((one.images, two.images))) and not home.any()
+    with pytest.raises(ValueError, match="source's images belong to no environment"):
+        pretext.pool([two, one])
 
 
-@pytest.fixture
-def cifar(monkeypatch, tmp_path):
-    """Tiny CIFAR-10 and CIFAR-100, downloaded but not unpacked; -> CIFAR-10's archive and truth."""
-    monkeypatch.setenv("no_proxy", "*")
-    (tmp_path / "data").mkdir()
-    small = cifar_archive(monkeypatch, torchvision.datasets.CIFAR100, classes=20)
-    (tmp_path / "data" / "cifar-100-python.tar.gz").write_bytes(small[0])
-    made = cifar_archive(monkeypatch, torchvision.datasets.CIFAR10)
-    (tmp_path / "data" / "cifar-10-python.tar.gz").write_bytes(made[0])
-    return made
+def test_shape_colour_and_label_agree_in_the_shares_written_and_three_are_tested_equally():
+    data = pretext.load("coloured_shapes", "", 16, "cpu")
+    assert data.test_environments.bincount().tolist() == [1256 // 40] * 3
+    agreement = (0.8, 0.1, 0.9)
+    shape, colour, label = pretext.coloured_labels(10_000, agreement, 0)
+    for e, share in enumerate(agreement):
+        wrong, agrees = label[e] != shape[e], colour[e] == label[e]
+        assert shape[e].mean() == 0.5  # below: within 4 standard deviations
+        assert wrong.mean() == pytest.approx(0.25, abs=4 * 0.0044)
+        assert agrees.mean() == pytest.approx(share, abs=4 * 0.004)
+        assert (wrong & agrees).mean() == pytest.approx(0.25 * share, abs=4 * 0.004)  # independent
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A web server for the directory web/; -> its address."""
-    (tmp_path / "web").mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "web")
-    handler.log_message = None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def holds(truth):
-    data = maml_ssl.load("cifar10", arguments(maml_ssl, "--dataset", "cifar10"))
-    return all(torch.equal(x, y) for x, y in zip(data[:4], truth, strict=True))
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_the_command_dataset_cifar10(cifar, arm, tmp_path):
-    arm.main(["--dataset", "cifar10", *TINY])
-    assert len([*tmp_path.glob("runs/*/seed0/metrics.csv")]) == 1
-    assert holds(cifar[1])
-
-
-def test_cifar_is_downloaded_where_it_is_not(cifar, server, tmp_path, monkeypatch):
-    (tmp_path / "data" / "cifar-10-python.tar.gz").rename(tmp_path / "web" / "c.tar.gz")
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{server}/c.tar.gz")
-    assert holds(cifar[1])
-
-
-@pytest.mark.parametrize(
-    "damage", ["half an archive", "a byte of it", "half a batch", "a byte", "no"]
-)
-def test_damaged_cifar_is_refused_or_mended_never_used(
-    cifar, server, tmp_path, monkeypatch, capsys, damage
-):
-    archive = tmp_path / "data" / "cifar-10-python.tar.gz"
-    if "archive" in damage or "it" in damage:
-        half = cifar[0][:5000] if "half" in damage else cifar[0][:999] + b"\0" + cifar[0][1000:]
-        archive.write_bytes(half)
-    else:
-        assert holds(cifar[1])  # unpacks it
-        batch = tmp_path / "data/cifar-10-batches-py/data_batch_1"
-        content = batch.read_bytes()
-        batch.write_bytes(content[:5000] + (b"" if "half" in damage else b"\0" + content[5001:]))
-        if damage == "no":
-            batch.unlink()
-        assert holds(cifar[1])  # from the archive
-        batch.write_bytes(content[:5000])
-        archive.unlink()
-    command = ["--dataset", "cifar10", *TINY]
-    refused(capsys, lambda: maml_ssl.main(command), "cifar10", "--dataset shapes", "folder")
-    assert not (tmp_path / "runs").exists()
-    (tmp_path / "web" / "c.tar.gz").write_bytes(cifar[0])
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{server}/c.tar.gz")
-    assert holds(cifar[1])
-
-
-def idx_files(folder, count=24):
-    """MNIST's four files, unpacked, under `folder`; -> the training images [count, 28, 28]."""
-    (folder / "raw").mkdir(parents=True)
-    for part, seed in ("train", 0), ("t10k", 1):
-        pixels = np.random.default_rng(seed).integers(256, size=(count, 28, 28)).astype(np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        for kind, array in ("images-idx3", pixels), ("labels-idx1", labels):
-            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
-            (folder / "raw" / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
-    return torch.from_numpy(np.random.default_rng(0).integers(256, size=(count, 28, 28))).byte()
-
-
-@pytest.fixture
-def mnist(tmp_path, monkeypatch):
-    """Tiny MNIST and Fashion-MNIST, and no way to download them."""
-    monkeypatch.setenv("no_proxy", "*")
-    for dataset in torchvision.datasets.MNIST, torchvision.datasets.FashionMNIST:
-        monkeypatch.setattr(dataset, "mirrors", ["http://127.0.0.1:9/"])
-    idx_files(tmp_path / "data" / "FashionMNIST")
-    return idx_files(tmp_path / "data" / "MNIST")
-
-
-@pytest.mark.parametrize("size", [28, 32, 16])
-def test_digits_are_gray_scaled_and_never_mirrored(mnist, size, monkeypatch):
-    args = arguments(maml_ssl, "--dataset", "mnist", "--image-size", 32)
-    args.image_size = size
-    data = maml_ssl.load("mnist", args)
-    assert data.images.shape == (24, 3, size, size) and data.images.is_contiguous()
-    assert (data.images[:, :1] == data.images).all()
-    assert data.labels.tolist() == [i % 10 for i in range(24)]
-    scaled = F.interpolate(mnist[:, None].double(), (size, size), mode="bilinear", antialias=True)
-    assert (data.images[:, :1] - scaled).abs().max() <= 1
-    assert data.flip is False
-    assert maml_ssl.load("fashion_mnist", args).flip is True
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_gray_datasets_go_without_colorization(mnist, arm, capsys, tmp_path):
-    command = ["--dataset", "mnist", *TINY]
-    flag = "--pretext" if arm is maml_ssl else "--pretrain"
-    refused(capsys, lambda: arm.main([*command, flag, "rotation", "colorization"]), "colorization")
-    assert not (tmp_path / "runs").exists()
-    args = arm.parse_args(command)
-    if arm is maml_ssl:
-        assert args.pretext == ["rotation", "masked_autoencoding", "contrastive"]
-        for colour in "shapes", "cifar10":
-            assert "colorization" in arm.parse_args(["--dataset", colour]).pretext
-    arm.main(command)
-    assert len([*tmp_path.glob("runs/*/seed0/metrics.csv")]) == 1
-
-
-@pytest.mark.parametrize("part", ["train-images-idx3", "t10k-labels-idx1"])
-@pytest.mark.parametrize("length", [0, 3, 10, 20])
-def test_half_unpacked_digits_are_refused(mnist, capsys, tmp_path, part, length):
-    file = tmp_path / "data" / "MNIST" / "raw" / f"{part}-ubyte"
-    file.write_bytes(file.read_bytes()[:length])
-    refused(capsys, lambda: maml_ssl.main(["--dataset", "mnist"]), "mnist", "damaged")
-
-
-def test_a_damaged_download_of_digits_is_refused(mnist, server, tmp_path, capsys, monkeypatch):
-    (tmp_path / "data/MNIST/raw/train-images-idx3-ubyte").unlink()
-    (tmp_path / "web/train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"not what it was"))
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"{server}/"])
-    with pytest.raises(SystemExit) as stop:
-        maml_ssl.main(["--dataset", "mnist"])
-    assert stop.value.code == 2
-    assert "mnist" in capsys.readouterr().err.splitlines()[-1]  # above it, torchvision's bar
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
-def test_no_network_is_said_in_one_line_with_the_ways_round_it(dataset, monkeypatch, capsys):
-    monkeypatch.setenv("no_proxy", "*")
-    made = maml_ssl.DATASETS[dataset][0]
-    name, value = ("url", "") if "cifar" in dataset else ("mirrors", [])
-    address = "http://127.0.0.1:9/"
-    monkeypatch.setattr(made, name, value + address if value == "" else [address])
-    command = ["--dataset", dataset]
-    refused(capsys, lambda: maml_ssl.main(command), dataset, "--dataset shapes", "a folder")
+def test_pictures_have_the_colours_shapes_and_labels_that_they_say():
+    shape, colour, label = (x.flatten() for x in pretext.coloured_labels(100, (0.8, 0.1), 3))
+    images, labels, environments = COLOURED(100, (0.8, 0.1), 3)
+    assert labels.tolist() == label.tolist() and environments.tolist() == [0] * 100 + [1] * 100
+    red = (images[:, 0].int() - images[:, 1].int()).double()
+    assert red[colour == 0].mean() > 10 and red[colour == 1].mean() < -10
+    stars = []  # a star, not a ring, covers the middle of all that has its colour
+    for difference, sign in zip(red, 1 - 2 * colour, strict=True):
+        covered = sign * difference > 80
+        y, x = (k.double().mean().round().long() for k in covered.nonzero(as_tuple=True))
+        stars.append(covered[y, x].item())
+    assert (np.array(stars) == (shape == 0)).mean() > 0.8
