@@ -112,7 +112,7 @@ ALONE = {t: f"{SETTINGS['colorization']} --pretext {t}" for t in PRETEXT.split()
 # Each of four loops takes the whole step, where the mean of four losses gives a task a quarter
 ALONE |= {"per-task": f"{SETTINGS['maml']} --inner per-task --inner-lr 1"}
 TUNE = {
-    f"{name}-{i}": f"{arm} {SHAPES} --eval-on val {flags}"
+    f"{name}-{i}": f"{arm} {SHAPES} --steps 600 --eval-on val {flags}"
     for name, (arm, trials) in TRIALS.items()
     for i, flags in enumerate(trials)
 }
