@@ -151,7 +151,8 @@ class Model(nn.Module):
 
     def forward(self, images, task="target"):  # images [N, 3, H, H] in [0, 1]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            return self.heads[task](self.encoder((images - 0.5) / 0.25)).float()
+            outputs = self.heads[task](self.encoder((images - 0.5) / 0.25))
+        return outputs.float() if self.amp else outputs
 
 
 def classifier(classes):
