@@ -11,6 +11,7 @@ are folders of images in data/.
 
 import argparse
 import csv
+import functools
 import os
 import subprocess
 import sys
@@ -320,6 +321,7 @@ def measure_support(out: Path, tuned: Path) -> list[list]:
 
     Joint training is adapted at the rate and steps that are best for the tuned run on validation.
     """
+    pretext.draw_coloured_shapes = functools.cache(pretext.draw_coloured_shapes)
     trial = load_run(tuned)
     best = max(RATES, key=lambda how: np.mean(by_environment(*trial, "own", *how)))
     rows = []
