@@ -399,10 +399,12 @@ def draw_answer(one: dict, several: dict, column: str, path: Path) -> None:
                 label += ", adapted" * (y == "accuracy_adapted")
                 ends += compare.draw(ax, {label: arms[name]}, column, y, {label: COLOURS[name]})
             if arms is several:
-                for height, what in zip(CEILINGS, ("one image", "the environment"), strict=True):
+                for height, what in zip(
+                    CEILINGS, ("one image", "a known environment"), strict=True
+                ):
                     ax.axhline(height, color="0.5", lw=0.8, ls=":")
-                    text = f"the most that a rule that knows {what} reaches"
-                    ax.text(0, height + 0.4, text, size=6, color="0.3")
+                    text = f"the most for {what}"
+                    ax.text(ax.get_xlim()[1], height + 0.4, text, size=6, color="0.3", ha="right")
             ax.set(title=title, ylabel="test accuracy (%)")
             compare.label_ends(ax, ends)
         figure.savefig(path.with_suffix(".png"), dpi=300)
