@@ -207,7 +207,7 @@ class Run:
         self.folder = Path(args.out, args.name, f"seed{args.seed}")
         self.log, file = self.folder / "metrics.csv", self.folder / "checkpoint.pt"
         self.written = self.log.exists() and self.log.read_text()
-        self.config = {"arm": Path(__file__).stem, "data": data, **vars(args)}
+        self.config = {"arm": Path(__file__).stem, **vars(args), "data": data}
         self.config["parameters"] = sum(p.numel() for p in model.parameters())
         self.config |= {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
         self.state = {"phase": None, "rows": [], **dict.fromkeys(COUNTS, 0)}
@@ -218,9 +218,9 @@ class Run:
             began = dict(self.state["config"])
         except Exception as error:  # torch.load raises all kinds
             raise ValueError(f"{file} is damaged; --overwrite starts again") from error
-        for key in self.config.keys() - ELSEWHERE:
-            was, now = began.get(key), self.config[key]
-            if was != now and (key != "steps" or args.schedule == "cosine"):
+        for key, now in self.config.items():
+            was, longer = began.get(key), key == "steps" and args.schedule == "constant"
+            if was != now and key not in ELSEWHERE and not longer:
                 holds = f"{self.folder} holds a run with {key} {was}, not {now}"
                 raise ValueError(f"{holds}; take another --name, or --overwrite")
         if self.state["total_step"] >= args.steps:
@@ -276,7 +276,8 @@ def train(run, phase, steps, model, backward, evaluate, args):
         run.save(row, phase=phase, step=step, **weights)
         shown = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
         said = "  ".join(f"{name} {x:.4f}" for name, x in shown.items() if x is not None)
-        bar.write(f"{phase} {step:5}  {state['seconds']:6.0f} s  {said}")
+        if RANK == 0:
+            bar.write(f"{phase} {step:5}  {state['seconds']:6.0f} s  {said}")
         bar.set_description(phase)
 
     if phase == "target" and state["phase"] != phase:
@@ -380,8 +381,11 @@ def parse(parser):
             words.append(f"{key}={Path(text).name}")
     args.name = args.name or "-".join(words)[:120]
     fill(args, USUAL, SPECIAL)
-    if min(args.steps, args.image_size, args.width, args.batch_size) < 1:
-        fail("--steps, --image-size, --width and --batch-size: take numbers from 1 up")
+    if (
+        min(args.steps, args.width, args.batch_size, args.image_size // 8) < 1
+        or args.image_size % 8
+    ):
+        fail("--image-size: take a multiple of 8; --steps, --width and --batch-size: from 1 up")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.source = args.source or pretext.DATASETS.get(args.dataset, (None, None))[1]
     if args.source == args.dataset != "shapes":
@@ -389,7 +393,7 @@ def parse(parser):
     if RANKS > 1 and args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except Exception:  # each kind of device has its own
         fail(f"--device {args.device} is not available here; --device cpu always is")
     return args

@@ -393,7 +393,7 @@ def load_folder(root: Path, data_dir: str, side: int) -> list[tuple[Tensor, Tens
     names = sorted({*places[0]}) + sorted({*places[1]} - {*places[0]})  # training's first
     decoded = []
     for folder, place in zip(sets, places, strict=True):
-        bar = tqdm(folder.samples, f"decoding {folder.root}", leave=False)
+        bar = tqdm(folder.samples, f"decoding {folder.root}", leave=False, disable=None)
         images = torch.stack([decode(path, side) for path, _ in bar])
         environments = torch.tensor([names.index(p) for p in place])
         decoded.append((images, torch.tensor(folder.targets), environments))
@@ -543,6 +543,8 @@ def pool(datasets: list[Data]) -> tuple[Tensor, Tensor]:
 
 def draw(mask: Tensor, count: int, generator: Generator) -> Tensor:
     """-> indices of `count` of the images that `mask`, bool [M], has, or of all if it has fewer."""
+    if not mask.any():
+        raise ValueError("no image is left to adapt to: a smaller --batch-size, or --support query")
     order = torch.rand(len(mask), generator=generator, device=mask.device).masked_fill(~mask, 2.0)
     return order.topk(min(count, int(mask.sum())), largest=False).indices
 

@@ -34,7 +34,6 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch):
-    """A tenth of the drawn images: drawing all takes longer than the runs here."""
     monkeypatch.setattr(pretext, "draw_shapes", lambda n, *rest: DRAW(n // 10, *rest))
     monkeypatch.setattr(pretext, "draw_coloured_shapes", lambda n, *r: DRAW_COLOURED(n // 25, *r))
 
@@ -70,33 +69,28 @@ def history(arm, out, *flags):
     return kept
 
 
-# --- shared blocks ---
-
-
-def blocks(text):
-    """-> {title: lines} of every marked block."""
-    found = re.findall(r"^# --- (?!end )(.*: .*) ---\n(.*?)^# --- end \1 ---$", text, re.S | re.M)
-    return {title: body.splitlines() for title, body in found}
+BLOCK = re.compile(r"^# --- (?!end )(.*: .*) ---\n(.*?)^# --- end \1 ---$", re.S | re.M)
 
 
 def differences(texts):
     """A diff of every block that is not the same in all files that have it."""
     diffs, master = [], {}
     for file, text in texts.items():
-        for title, body in blocks(text).items():
-            first, original = master.setdefault(title, (file, body))
-            diffs += difflib.unified_diff(original, body, f"{first}: {title}", f"{file}: {title}")
+        for title, body in BLOCK.findall(text):
+            first, old = master.setdefault(title, (f"{file}: {title}", body))
+            lines = old.splitlines(), body.splitlines()
+            diffs += difflib.unified_diff(*lines, first, f"{file}: {title}", lineterm="")
     return "\n".join(diffs)
 
 
 def test_blocks_are_the_same_in_every_file_and_one_changed_byte_is_noticed():
     texts = {f"{arm}.py": (ROOT / f"{arm}.py").read_text() for arm in ARMS}
     shared = {f"shared: {name}" for name in ("network", "training", "arguments")}
-    pretraining = "the pretraining arms: pretraining"
     assert not differences(texts), differences(texts)
-    assert [{*blocks(text)} - shared for text in texts.values()] == [set(), *[{pretraining}] * 2]
-    for title in [*shared, pretraining]:
-        body = "\n".join(blocks(texts["linear_probe.py"])[title])
+    for file, text in texts.items():
+        others = {title for title, _ in BLOCK.findall(text)} ^ shared
+        assert len(others) == (file != "maml_ssl.py") and all("pretraining" in x for x in others)
+    for title, body in BLOCK.findall(texts["linear_probe.py"]):
         changed = texts["linear_probe.py"].replace(body, body.replace("e", "a", 1))
         assert f"linear_probe.py: {title}" in differences(texts | {"linear_probe.py": changed})
 
@@ -110,8 +104,7 @@ def test_arms_import_nothing_of_the_project_but_pretext():
 
 def test_inner_lr_zero_and_weight_zero_writes_the_log_of_training_from_scratch(tmp_path):
     flags = "--steps 4 --eval-every 2 --labels-per-class 9 --lr .001".split()
-    zero = ("--inner-lr", 0, "--pretext-weight", 0)
-    maml, state, _ = run("maml_ssl", tmp_path / "a", *flags, *zero)
+    maml, state, _ = run("maml_ssl", tmp_path, *flags, "--inner-lr", 0, "--pretext-weight", 0)
     scratch, twin, _ = run("pretrain_finetune", tmp_path / "b", *flags, "--pretrain", "none")
     for row in maml + scratch:
         del row["seconds"]
@@ -132,11 +125,10 @@ def test_the_same_seed_is_the_same_start_in_every_arm_and_another_seed_another()
     assert torch.equal(before, torch.get_rng_state())  # the global generator is left alone
 
 
-@pytest.mark.parametrize(("backbone", "width", "channels"), [("conv", 5, 20), ("resnet18", 8, 512)])
-def test_backbones_have_stride_8_and_no_state_but_parameters(backbone, width, channels):
-    encoder, found = maml_ssl.make_encoder(backbone, width)
-    with torch.no_grad():
-        assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, channels, 4, 4)
+@pytest.mark.parametrize(("backbone", "channels"), [("conv", 20), ("resnet18", 512)])
+def test_backbones_have_stride_8_and_no_state_but_parameters(backbone, channels):
+    encoder, found = maml_ssl.make_encoder(backbone, 5)
+    assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, channels, 4, 4)
     assert found == channels and not [*encoder.buffers()]
     assert sum(isinstance(m, torch.nn.GroupNorm) for m in encoder.modules()) >= 6
 
@@ -226,13 +218,12 @@ def test_the_log_has_the_agreed_columns_and_counts_what_was_used(tmp_path):
         # images: 6 for each of four tasks, of which contrastive shows two views; K = 2
         assert [int(row[column]) for row in rows] == [0, 2 * each, 3 * each], column
     assert [float(r["flops"]) / float(rows[1]["flops"]) for r in rows] == [0, 1, 1.5]
-    seconds = [float(r["seconds"]) for r in rows]
-    assert seconds == sorted({*seconds}) and seconds[0] == 0
+    assert 0 == float(rows[0]["seconds"]) < float(rows[1]["seconds"]) < float(rows[2]["seconds"])
     assert [r["train_loss"] == "" for r in rows] == [True, False, False]
     assert all(float(r["pretext_loss_adapted"]) < float(r["pretext_loss"]) for r in rows)
-    assert all(0 <= float(r[c]) <= 1 for r in rows for c in ("accuracy", "accuracy_adapted"))
-    assert config["arm"] == "maml_ssl" and config["inner_steps"] == 2 and config["seed"] == 0
-    assert config["torch"] == torch.__version__ and config["parameters"] > 1000 and config["data"]
+    assert (
+        config.items() >= {"arm": "maml_ssl", "inner_steps": 2, "torch": torch.__version__}.items()
+    )
 
 
 def test_flops_are_three_forward_passes_less_the_first_input_s_gradient(tmp_path):
@@ -272,9 +263,6 @@ def test_amp_rounds_inside_the_network_alone(tmp_path):
     assert config["amp"] and {x.dtype for x in state["model"].values()} == {torch.float32}
 
 
-# --- as users meet them ---
-
-
 def test_an_arm_and_pretext_copied_alone_into_an_empty_directory_run(tmp_path):
     for arm in ARMS:
         (folder := tmp_path / arm).mkdir()
@@ -291,8 +279,7 @@ def test_an_arm_and_pretext_copied_alone_into_an_empty_directory_run(tmp_path):
 
 def test_readme_commands_run_with_small_sizes(tmp_path, monkeypatch):
     """In its order, in one directory: what compare.py reads are the runs of those above it."""
-    pixels = torch.randint(0, 256, (60, 32, 32, 3), dtype=torch.uint8)
-    fake = SimpleNamespace(data=pixels, targets=[*range(10)] * 6)
+    fake = SimpleNamespace(data=torch.rand(60, 32, 32, 3).mul(255).byte(), targets=[*range(10)] * 6)
     for name, other in ("cifar10", "cifar100"), ("cifar100", "cifar10"):
         monkeypatch.setitem(pretext.DATASETS, name, (lambda *_, **__: fake, other))
     monkeypatch.chdir(tmp_path)
@@ -319,8 +306,7 @@ def test_readme_s_pretext_task_works_as_it_stands_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("steps", [1, 3])
-def test_readme_s_inner_loop_has_the_gradient_of_finite_differences(dropout, steps):
+def test_readme_s_inner_loop_has_the_gradient_of_finite_differences(dropout):
     (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "def adapt" in s]
     exec(snippet, names := {})
     x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
@@ -329,7 +315,7 @@ def test_readme_s_inner_loop_has_the_gradient_of_finite_differences(dropout, ste
 
     def outer(w):
         torch.manual_seed(0)  # of the dropout
-        return names["adapt"](loss, {"w": w, "psi": w[0]}, 0.7, steps)["w"].sin().sum()
+        return names["adapt"](loss, {"w": w, "psi": w[0]}, 0.7, 3)["w"].sin().sum()
 
     outer(w := start.clone().requires_grad_()).backward()
     up, down = (outer((start + h * direction).requires_grad_()).item() for h in (1e-6, -1e-6))

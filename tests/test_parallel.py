@@ -18,7 +18,7 @@ COMMANDS = {  # and their inner loops: of more processes several compute the sam
     "maml_ssl --dataset coloured_shapes --pretext rotation --inner-lr 0.1": 2,  # environments
     "maml_ssl --inner-lr 0 --pretext-weight 0": 6,
     "pretrain_finetune --pretrain rotation contrastive masked_autoencoding": 6,
-    "linear_probe": 6,
+    "linear_probe --pretrain supervised": 6,
 }
 # All commands in one start; each process keeps the weights that each phase ends with
 DRIVER = """
