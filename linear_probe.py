@@ -223,7 +223,7 @@ class Run:
             if was != now and key not in ELSEWHERE and not longer:
                 holds = f"{self.folder} holds a run with {key} {was}, not {now}"
                 raise ValueError(f"{holds}; take another --name, or --overwrite")
-        if self.state["total_step"] >= args.steps:
+        if self.state["phase"] == "target" and self.state["total_step"] >= args.steps:
             print(f"{self.folder} holds this run, finished; --overwrite runs it again")
             sys.exit()
 
@@ -327,7 +327,7 @@ SPECIAL["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batc
 
 def fail(message, code=2):
     """Ends with one line that says what is wrong and what to do; code 2: the user can mend it."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)
 
 
