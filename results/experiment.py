@@ -106,7 +106,7 @@ OTHERS = {"90-10-80": ((0.9, 0.1), (0.9, 0.1, 0.8)), "80-40-90": ((0.8, 0.4), (0
 WHERE = {f"support-{n}": f"{SETTINGS['maml']} --support-batch-size {n}" for n in (8, 128)}
 WHERE["steps-3"] = f"{SETTINGS['maml']} --inner-steps 3"
 for other in OTHERS:
-    adapting = f"maml_ssl.py --inner joint --inner-lr 1 {CHOSEN['maml']}"
+    adapting = f"maml_ssl.py --inner joint {CHOSEN['maml']}"
     WHERE[f"maml-{other}"] = f"{adapting} {FOLDER}-{other}"
     WHERE[f"scratch-{other}"] = f"{TRIALS['scratch'][0]} {CHOSEN['scratch']} {FOLDER}-{other}"
 # Each other task alone; and each with a loop of its own, which takes the whole step, where the mean
@@ -171,7 +171,7 @@ QUESTIONS = {
 # Mean over the three environments (%): the most that a rule for one image can reach, for a quarter
 # of the labels is flipped; and one that knows in what share of them colour agrees (80, 10, 90%)
 CEILINGS = (75.0, 86.7)
-# 600 steps were fixed before the runs. Two seeds of MAML had then only begun to rise: so all were
+# 600 steps were fixed before the runs. One seed of MAML had then only begun to rise: so all were
 # continued to 1,000, with the same settings. Both are reported.
 HORIZONS = (600, 1000)
 # What MAML, adapted to its own environment, is compared with, at the end, mean over environments
@@ -341,6 +341,9 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
     """Runs each command for each seed, one thread a run; -> how many failed."""
     seeds, commands = PROTOCOLS[name]
     todo = [(seed, run) for seed in seeds for run in only or commands]
+    for other, shares in OTHERS.items() if name == "where" else ():
+        if not (folder := ROOT / "data" / f"coloured-{other}").exists():
+            write_environments(folder, *shares)
     bar = tqdm(total=len(todo), unit="run")
 
     def start(job: tuple[int, str]) -> bool:
