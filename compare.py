@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--baseline {args.baseline}: the arms are {', '.join(labels)}")
         out.mkdir(parents=True, exist_ok=True)
         for dataset, arms in groups.items():
-            default = "fine-tuned|pretrain_finetune(?!.*pretrain=none)"  # and pretrained
+            default = "fine-tuned|pretrain_finetune(?!.*pretrain_steps=0)"  # and pretrained
             tuned = [label for label in arms if re.match(default, label)]
             baseline = args.baseline or (tuned[0] if len(tuned) == 1 else None)
             note = baseline or "none, so no steps to reach it; --baseline ARM names one"

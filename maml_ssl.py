@@ -5,16 +5,17 @@
     python maml_ssl.py --dataset cifar10                # downloads CIFAR-10
     python maml_ssl.py --dataset FOLDER --labels-per-class 100
 
-Model-agnostic meta-learning (Finn et al. 2017, arXiv 1703.03400) with one change. There both loops
-share one loss; here the inner loss is that of a pretext task t, and the outer loss classifies
-labelled images with the weights to which K steps on t have led:
+Model-agnostic meta-learning (Finn et al. 2017, arXiv 1703.03400), where both loops share one loss.
+Here the inner loss L_t is that of a pretext task t, on support images without their labels, and the
+outer loss classifies query images x, labelled y, with the weights to which K steps have led:
 
-    inner loop   w_{k+1} = w_k - alpha grad L_t(w_k),  w_0 = (theta, phi_t)        support images
-    outer loss   mean_t [ CE(psi(f_{w_K}(images)), labels) + beta L_t(w_0) ]         query images
+    inner loop   w_{k+1} = w_k - alpha grad L_t(w_k),   w_0 = (theta, phi_t)
+    outer loss   mean_t [ CE(psi(f_{w_K}(x)), y)  +  beta L_t(w_0) ]
 
 theta: the encoder f. phi_t: the head of pretext task t. psi: the head of the desired task.
 alpha: --inner-lr, K: --inner-steps, beta: --pretext-weight. AdamW moves theta, all phi_t and psi
-along the outer loss's exact gradient, which goes through the inner loop (second order).
+along the outer loss's exact gradient, which goes through the inner loop (second order). With
+--inner joint there is one inner loop, by the mean of all L_t.
 """
 
 import argparse
@@ -43,7 +44,7 @@ import pretext
 
 # --- the algorithm ---
 def adapt(loss, params, lr, steps, first_order=False, flat_memory=False):
-    """The inner loop (section 2.2), differentiable in `params`: -> w_K and loss(w_0).
+    """The inner loop (MAML, section 2.2), differentiable in `params`: -> w_K and loss(w_0).
 
     loss: {name: tensor} -> scalar, the same function at each step. params: w_0, by name.
     first_order (section 5.2): take grad L for a constant when the outer loss is differentiated.
@@ -64,8 +65,10 @@ def adapt(loss, params, lr, steps, first_order=False, flat_memory=False):
 
     before = None if steps else loss(params)
     for _ in range(steps):
-        again = flat_memory and torch.is_grad_enabled()
-        params, value = checkpoint(step, params, use_reentrant=False) if again else step(params)
+        if flat_memory:
+            params, value = checkpoint(step, params, use_reentrant=False)
+        else:
+            params, value = step(params)
         before = value if before is None else before
     return params, before
 
@@ -96,7 +99,7 @@ def main():
     where = (args.data_dir, args.image_size, args.device)
     data = pretext.load(args.dataset, *where)
     data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
-    shown = [data]  # to the pretext tasks, without its labels
+    shown = [data]  # whose images the pretext tasks may see
     if args.pretext_images == "both":
         shown.append(pretext.load(args.source, *where, source=True))
     pool, home = pretext.pool(shown)  # images, and the environment of each
@@ -109,31 +112,31 @@ def main():
     inner = {"lr": args.inner_lr, "steps": args.inner_steps, "flat_memory": args.flat_memory}
     first, transductive = args.first_order, args.support == "query"
 
-    def backward(step):
+    def backward(model, step):
         """Adds the outer gradient to every p.grad; -> classification loss, images, labels used."""
         images, labels, index = pretext.labelled_batch(data, step, args.batch_size, args.seed)
+        loops = inner_loops(groups, data, index)
         total, seen, labelled = 0.0, 0, 0
-        for group, environment, share, part, weight in inner_loops(groups, data, index):
+        for group, environment, share in loops[RANK::RANKS]:  # one graph is alive at a time
             support = images[share], index[share]
             if not transductive:  # other images of the same environment
                 others = (home == environment).index_fill(0, index, False)
                 support = pool, others, args.support_batch_size, data.flip
-                if step == 0 and RANK == 0 and others.sum() < args.support_batch_size and group:
+                if step == 0 and group and others.sum() < args.support_batch_size:
                     print(f"a support batch has {others.sum()} images: there are no more")
             purpose = f"pretext{environment or ''}"
             batches = pretext.batches(group, args.seed, purpose, step, *support)
-            query = images[part], labels[part]
+            query = images[share], labels[share]
             loss, before = outer_loss(model, group, batches, *query, **inner, first_order=first)
-            (len(part) / len(index) * loss + args.pretext_weight * weight * before).backward()
-            total += len(part) / len(index) * loss.item()
-            labelled += len(part)
-            seen += len(part) + max(1, args.inner_steps) * sum(len(x) for x, _ in batches.values())
+            loss = len(share) / len(index) * loss
+            (loss + args.pretext_weight * before / len(loops)).backward()
+            total, labelled = total + loss.item(), labelled + len(share)
+            seen += len(share) + max(1, args.inner_steps) * sum(len(x) for x, _ in batches.values())
         return total, seen, labelled
 
     def evaluate(averaged):
         """-> accuracy, the same after adapting, pretext loss, the same after adapting."""
-        params = dict(averaged.named_parameters())
-        plain = predict(averaged, params, data.test_images)
+        params, plain = dict(averaged.named_parameters()), predict(averaged, {}, data.test_images)
         votes, losses = torch.zeros_like(plain), []
         for scored, *support in pretext.adaptations(data, transductive, args.batch_size):
             batches = pretext.batches(tasks, args.seed, "evaluation", 0, *support)
@@ -151,25 +154,20 @@ def main():
 
 
 def inner_loops(groups, data, index):
-    """-> (tasks, environment, share, part, weight of beta) for each inner loop of this process.
+    """-> (tasks, environment, share) for each inner loop of a step, the same in every process.
 
     share: those positions in the query, of images of one environment, that fall to these tasks.
-    Where there are more processes than inner loops, several compute the same one, each with a part
-    of its share, and beta counts once.
     """
-    environments = data.environments[index] * bool(groups[0])  # without tasks nothing adapts
-    loops = []
+    environments, loops = data.environments[index], []
+    if not groups[0]:  # no tasks: nothing adapts, and the query goes forward at once
+        environments = torch.zeros_like(index)
     for environment in environments.unique().tolist():
         own = (environments == environment).nonzero().squeeze(1)
+        if len(own) < len(groups):
+            raise ValueError(f"--batch-size {len(index)}: fewer images than inner loops")
         shares = own.tensor_split(len(groups))
         loops += [(g, environment, share) for g, share in zip(groups, shares, strict=True)]
-    processes, jobs = math.ceil(RANKS / len(loops)), []
-    for *loop, share in loops:
-        if len(share) < processes:
-            raise ValueError(f"--batch-size {len(index)}: too few for {len(loops)} inner loops")
-        for k, part in enumerate(share.tensor_split(processes)):
-            jobs.append((*loop, share, part, (k == 0) / len(loops)))
-    return jobs[RANK::RANKS]
+    return loops
 
 
 # --- shared: network ---
@@ -227,7 +225,7 @@ def make_model(heads, args):
 
 @torch.no_grad()
 def predict(model, params, images):
-    """uint8 [N, 3, H, H] -> class probabilities [N, classes] under these parameters."""
+    """uint8 [N, 3, H, H] -> class probabilities [N, classes]; params {}: the model's own."""
     parts = images.split(100)
     return torch.cat([functional_call(model, params, (x / 255,)).softmax(1) for x in parts])
 
@@ -240,6 +238,8 @@ def accuracy(probabilities, labels):
 
 
 # --- shared: training ---
+# The log. phase: pretrain or target, step: in it; total_step: in the run. The other counts are of
+# training alone, from the start: images that went forward, labels used, FLOPs, seconds
 COUNTS = ("total_step", "images", "labels", "flops", "seconds")
 SCORES = ("accuracy", "accuracy_adapted", "pretext_loss", "pretext_loss_adapted")
 COLUMNS = ("phase", "step", *COUNTS, "train_loss", *SCORES)
@@ -270,9 +270,8 @@ class Run:
         except Exception as error:  # torch.load raises all kinds
             raise ValueError(f"{file} is damaged; --overwrite starts again") from error
         for key, now in self.config.items():
-            was, longer = began.get(key), key == "steps" and args.schedule == "constant"
-            if was != now and key not in ELSEWHERE and not longer:
-                holds = f"{self.folder} holds a run with {key} {was}, not {now}"
+            if now != began.get(key) and key not in {*ELSEWHERE, "steps"}:
+                holds = f"{self.folder} holds a run with {key} {began.get(key)}, not {now}"
                 raise ValueError(f"{holds}; take another --name, or --overwrite")
         if self.state["phase"] == "target" and self.state["total_step"] >= args.steps:
             print(f"{self.folder} holds this run, finished; --overwrite runs it again")
@@ -281,15 +280,13 @@ class Run:
     def save(self, row, **state):
         """Adds a row to the log and keeps what the run needs to go on from here."""
         cells = ["" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for x in row]
-        self.state |= state | {
-            "config": self.config,
-            "rows": [*self.state["rows"], ",".join(cells)],
-        }
+        rows = [*self.state["rows"], ",".join(cells)]
+        self.state |= {"config": self.config, "rows": rows, **state}
         if RANK > 0:
             return
         if (self.log.exists() and self.log.read_text()) != self.written:
             raise ValueError(f"{self.folder}: another run has written there; take another --name")
-        self.written = "\n".join([",".join(COLUMNS), *self.state["rows"], ""])
+        self.written = "\n".join([",".join(COLUMNS), *rows, ""])
         torch.save(self.state, checkpoint := io.BytesIO())
         files = {"config.json": json.dumps(self.config, indent=1).encode()}
         files |= {"metrics.csv": self.written.encode(), "checkpoint.pt": checkpoint.getvalue()}
@@ -300,14 +297,14 @@ class Run:
 
 
 def train(run, phase, steps, model, backward, evaluate, args):
-    """One phase: AdamW along what backward(step) adds to p.grad; -> the averaged model.
+    """One phase: AdamW along what backward(model, step) adds to p.grad; -> the averaged model.
 
-    backward(step) -> loss, images and labels used. evaluate(averaged model) -> the four SCORES,
-    each may be None. Goes on from `run`'s last row of this phase, if it has one.
+    backward -> loss, images and labels used. evaluate(averaged model) -> the four SCORES, each may
+    be None. Goes on from `run`'s last row of this phase, if it has one.
     """
     state, first, flops, losses = run.state, 0, 0, []
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, args.lr)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     if state["phase"] == phase:
@@ -323,8 +320,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
         loss, scores = sum(losses) / len(losses) if losses else None, evaluate(averaged.module)
         losses.clear()
         row = [phase, step, *(state[name] for name in COUNTS), loss, *scores]
-        weights = {name: part.state_dict() for name, part in parts.items()}
-        run.save(row, phase=phase, step=step, **weights)
+        run.save(row, phase=phase, step=step, **{n: p.state_dict() for n, p in parts.items()})
         shown = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
         said = "  ".join(f"{name} {x:.4f}" for name, x in shown.items() if x is not None)
         if RANK == 0:
@@ -335,20 +331,16 @@ def train(run, phase, steps, model, backward, evaluate, args):
         record(0)
     for step in bar:
         began = time.perf_counter()
-        warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
-        decay = (1 + math.cos(math.pi * step / steps)) / 2 if args.schedule == "cosine" else 1.0
-        optimizer.param_groups[0]["lr"] = args.lr * warm * decay
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
         for p in trained:
-            p.grad = torch.zeros_like(p)  # a process may have no work for some head
+            p.grad = torch.zeros_like(p)  # one of several processes may not reach every head
         counter = FlopCounterMode(display=False)
         with nullcontext() if flops else counter:  # every step of a phase does the same work
-            loss, images, labels = backward(step)
+            loss, images, labels = backward(model, step)
         flops = flops or counter.get_total_flops()
-        used = torch.tensor([loss, images, labels, flops], dtype=torch.float64)
-        if RANKS > 1:
-            used = used.to(args.device)
-            for tensor in (used, *(p.grad for p in trained)):
-                dist.all_reduce(tensor)
+        used = torch.tensor([loss, images, labels, flops], dtype=torch.float64, device=args.device)
+        for tensor in (used, *(p.grad for p in trained)) if RANKS > 1 else ():
+            dist.all_reduce(tensor)
         loss, *work = used.tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()
         if not math.isfinite(loss + norm):
@@ -358,8 +350,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
         averaged.update_parameters(model)
         losses.append(loss)
         work = (1, *map(int, work), time.perf_counter() - began)
-        for name, more in zip(COUNTS, work, strict=True):
-            state[name] += more
+        state |= {name: state[name] + more for name, more in zip(COUNTS, work, strict=True)}
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             record(step + 1)
     return averaged.module
@@ -371,8 +362,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
-USUAL = {"steps": 2000, "image_size": 32, "width": 16, "batch_size": 64}
-SPECIAL = {"shapes": {"steps": 300}}
+SPECIAL = {"shapes": {"steps": 300}}  # other defaults than the usual ones
 SPECIAL["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
 
 
@@ -383,47 +373,44 @@ def fail(message, code=2):
 
 
 def common_arguments():
-    """-> a parser with what all arms have; what has no default here, `parse` finds one for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """-> a parser with what all arms have."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.error = fail
     add = parser.add_argument_group("data").add_argument
     names = ", ".join(pretext.DATASETS)
     add("--dataset", default="shapes", help=f"{names}, or a folder with train/CLASS/, test/CLASS/")
-    add("--source", help="second dataset, named likewise (cifar100 for cifar10, and so on)")
-    add("--data-dir", default="data", help="for downloads and decoded folders (data)")
-    add("--labels-per-class", type=int, help="the rest are dropped (all)")
+    add("--source", help="second dataset, named likewise; None: cifar100 for cifar10, and so on")
+    add("--data-dir", default="data", help="for downloads and decoded folders")
+    add("--labels-per-class", type=int, help="the rest are dropped; None: all are kept")
     add("--eval-on", choices=("test", "val"), default="test", help="val: a fifth of the labels")
-    add("--image-size", type=int, help="pixels, a multiple of 8 (32; 16 for coloured_shapes)")
+    add("--image-size", type=int, default=32, help="pixels, a multiple of 8")
     add = parser.add_argument_group("training; for a GPU: --width 64 --steps 20000").add_argument
-    add("--steps", type=int, help="in all (2000; 300 for shapes, 1000 for coloured_shapes)")
-    add("--eval-every", type=int, help="steps (a tenth of all)")
-    add("--batch-size", type=int, help="labelled images a step (64; 128 for coloured_shapes)")
-    add("--lr", type=float, default=1e-3, help="learning rate of AdamW (.001; maml_ssl.py: .002)")
-    add("--weight-decay", type=float, default=0.01, help="of AdamW (.01)")
-    add("--warmup-steps", type=int, default=50, help="at the start of a phase (50)")
-    add("--schedule", choices=("constant", "cosine"), default="constant", help="of lr (constant)")
-    add("--ema", type=float, default=0.98, help="decay of the averaged weights, or 0 (.98)")
-    add("--backbone", choices=("conv", "resnet18"), default="conv", help="of the encoder (conv)")
-    add("--width", type=int, help="channels of conv's first block (16; 8 for coloured_shapes)")
+    add("--steps", type=int, default=2000, help="of the optimizer, pretraining included")
+    add("--eval-every", type=int, help="steps; None: a tenth of all")
+    add("--batch-size", type=int, default=64, help="labelled images a step")
+    add("--lr", type=float, default=1e-3, help="learning rate of AdamW")
+    add("--warmup-steps", type=int, default=50, help="of lr, at the start of a phase")
+    add("--ema", type=float, default=0.98, help="decay of the averaged weights; 0: no average")
+    add("--backbone", choices=("conv", "resnet18"), default="conv", help="of the encoder")
+    add("--width", type=int, default=16, help="channels of conv's first block")
     add("--amp", action="store_true", help="bfloat16, where the hardware has it")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    add("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="what is available here")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
     add = parser.add_argument_group("log").add_argument
-    add("--out", default="runs", help="the log goes to OUT/NAME/seed<k>/ (runs)")
-    add("--name", help="(arm, dataset, and the flags not at their defaults)")
+    add("--out", default="runs", help="the log goes to OUT/NAME/seed<k>/")
+    add("--name", help="None: arm, dataset, and the flags not at their defaults")
     add("--overwrite", action="store_true", help="start again")
     return parser
 
 
-def fill(args, usual, special):
-    """Gives what was not given its usual value, or the one that is special to the dataset."""
-    for key, value in (usual | special.get(args.dataset, {})).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-
-
-def parse(parser):
-    """-> the arguments, with every default, checked as far as all arms share them."""
+def parse(parser, **coloured_shapes):
+    """-> the arguments; each dataset has its own defaults. coloured_shapes: this arm's for that."""
+    special = {**SPECIAL, "coloured_shapes": {**SPECIAL["coloured_shapes"], **coloured_shapes}}
+    parser.epilog = f"Other defaults: {special}"
+    parser.set_defaults(**special.get(parser.parse_args().dataset, {}))
     args = parser.parse_args()
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]
     for key, value in vars(args).items():
@@ -431,22 +418,12 @@ def parse(parser):
             text = "+".join(value) if isinstance(value, list) else str(value)
             words.append(f"{key}={Path(text).name}")
     args.name = args.name or "-".join(words)[:120]
-    fill(args, USUAL, SPECIAL)
-    if (
-        min(args.steps, args.width, args.batch_size, args.image_size // 8) < 1
-        or args.image_size % 8
-    ):
-        fail("--image-size: take a multiple of 8; --steps, --width and --batch-size: from 1 up")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.source = args.source or pretext.DATASETS.get(args.dataset, (None, None))[1]
-    if args.source == args.dataset != "shapes":
-        fail(f"--source {args.source}: the same as --dataset; take another")
+    if min(args.steps, args.width, args.batch_size) < 1 or args.image_size not in range(8, 4096, 8):
+        fail("--image-size: take a multiple of 8; --steps, --width and --batch-size: from 1 up")
     if RANKS > 1 and args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception:  # each kind of device has its own
-        fail(f"--device {args.device} is not available here; --device cpu always is")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return args
 
 
@@ -458,30 +435,26 @@ def parse_args():
     parser.set_defaults(lr=2e-3)
     add = parser.add_argument_group("algorithm").add_argument
     tasks = [*pretext.DEFAULT_TASKS]
-    add("--pretext", nargs="+", choices=pretext.TASKS, default=tasks, help=f"({' '.join(tasks)})")
-    add("--inner-lr", type=float, help="alpha; 0: joint training (.01; 3 for coloured_shapes)")
-    add("--inner-steps", type=int, default=1, help="K (1)")
+    add("--pretext", nargs="+", choices=pretext.TASKS, default=tasks, help="the inner loop's tasks")
+    add("--inner-lr", type=float, default=0.01, help="alpha; 0: joint training, no inner loop")
+    add("--inner-steps", type=int, default=1, help="K")
     add("--first-order", action="store_true", help="drop the second derivatives")
     add("--flat-memory", action="store_true", help="memory that does not grow with K; slower")
-    add("--pretext-weight", type=float, help="beta (.3; .1 for coloured_shapes)")
-    add("--inner", choices=("per-task", "joint"), help="an inner loop for each task, or one for all"
-        " (per-task; joint for coloured_shapes)")  # fmt: skip
+    add("--pretext-weight", type=float, default=0.3, help="beta")
+    add("--inner", choices=("per-task", "joint"), default="per-task", help="an inner loop for each"
+        " task, or one for all")  # fmt: skip
     add("--support", choices=("disjoint", "query"), default="disjoint", help="adapt to other images"
-        " than the query's (disjoint), or to the same: transductive")  # fmt: skip
-    add("--support-batch-size", type=int, default=32, help="images of each task (32)")
+        " than the query's, or to the same: transductive")  # fmt: skip
+    add("--support-batch-size", type=int, default=32, help="images of each task")
     add("--pretext-images", choices=("target", "both"), default="target", help="both: source's too")
-    args = parse(parser)
-    usual = {"inner": "per-task", "inner_lr": 0.01, "pretext_weight": 0.3}
-    fill(
-        args, usual, {"coloured_shapes": {"inner": "joint", "inner_lr": 3.0, "pretext_weight": 0.1}}
-    )
-    if min(args.inner_steps, args.support_batch_size) < 1:
-        fail("--inner-steps and --support-batch-size: take numbers from 1 up")
-    if args.first_order and not args.pretext_weight:
-        fail("--first-order --pretext-weight 0: the pretext heads would never learn; give a weight")
+    args = parse(parser, inner="joint", inner_lr=3.0, pretext_weight=0.1)
+    if min(args.inner_steps, args.support_batch_size) < 1 or args.inner_lr < 0:
+        fail("--inner-steps and --support-batch-size: from 1 up; --inner-lr: from 0 up")
     if args.inner_lr == 0:
         args.inner_steps = 0
         args.pretext = args.pretext if args.pretext_weight else []  # supervised, from scratch
+    if args.first_order and args.pretext and not args.pretext_weight:
+        fail("--first-order --pretext-weight 0: the pretext heads would never learn; give a weight")
     return args
 
 

@@ -2,7 +2,7 @@
 
     python pretrain_finetune.py                         # drawn shapes: 81%, 25 s, 2 cores
     python pretrain_finetune.py --dataset cifar10       # pretrained on CIFAR-100; downloads both
-    python pretrain_finetune.py --pretrain none         # from scratch
+    python pretrain_finetune.py --pretrain-steps 0     # from scratch
     python pretrain_finetune.py --pretrain rotation contrastive --pretext-images both
 
     --pretrain-steps times   (theta, phi) <- AdamW step on the pretraining loss
@@ -48,30 +48,23 @@ def main():
     run = Run(args, model, pretext.checksum(data, *shown))
 
     def evaluate(averaged):
-        params = dict(averaged.named_parameters())
-        return accuracy(predict(averaged, params, data.test_images), data.test_labels), *(None,) * 3
+        probabilities = predict(averaged, {}, data.test_images)
+        return accuracy(probabilities, data.test_labels), None, None, None
 
     # A head that a phase does not train stays out of its optimizer, or weight decay would move it
     model.heads["target"].requires_grad_(False)
-    averaged = train(
-        run,
-        "pretrain",
-        args.pretrain_steps,
-        model,
-        lambda step: pretraining(model, step),
-        lambda averaged: (None,) * 4,
-        args,
-    )
+    unevaluated = lambda averaged: (None,) * 4  # noqa: E731
+    averaged = train(run, "pretrain", args.pretrain_steps, model, pretraining, unevaluated, args)
     model.load_state_dict(averaged.state_dict())
     model.requires_grad_(False)
     model.encoder.requires_grad_(True)
     model.heads["target"].requires_grad_(True)
-    backward = partial(labelled_backward, model, data, "target", args)
-    train(run, "target", args.steps - args.pretrain_steps, model, backward, evaluate, args)
+    supervised = partial(labelled_backward, data, "target", args)
+    train(run, "target", args.steps - args.pretrain_steps, model, supervised, evaluate, args)
 
 
 # --- the pretraining arms: pretraining ---
-def labelled_backward(model, data, head, args, step):
+def labelled_backward(data, head, args, model, step):
     """Adds the gradient of a labelled batch's cross-entropy; -> it, images, labels.
 
     Of several processes each takes a part of the batch: what they return adds up.
@@ -90,20 +83,17 @@ def make_pretraining(data, where, args):
     supervised: a labelled batch of the source. Pretext tasks: a batch of --batch-size images for
     each, drawn for it alone, as in 1708.07860; the loss is their mean.
     """
-    if args.pretrain == ["none"]:
+    if not args.pretrain_steps:
         return {}, None, []
     needed = args.pretrain == ["supervised"] or args.pretext_images != "target"
     source = [pretext.load(args.source, *where, source=True)] if needed else []
     if args.pretrain == ["supervised"]:
-
-        def supervised(model, step):
-            return labelled_backward(model, source[0], "source", args, step)
-
-        return {"source": classifier(source[0].classes)}, supervised, source
+        backward = partial(labelled_backward, source[0], "source", args)
+        return {"source": classifier(source[0].classes)}, backward, source
     pool, home = pretext.pool(source if args.pretext_images == "source" else [data, *source])
     tasks = {name: pretext.TASKS[name](pool) for name in args.pretrain}
 
-    def self_supervised(model, step):
+    def backward(model, step):
         mine = dict([*tasks.items()][RANK::RANKS])
         support = pool, torch.ones_like(home, dtype=torch.bool), args.batch_size, data.flip
         batches = pretext.batches(mine, args.seed, "pretext", step, *support)
@@ -112,7 +102,7 @@ def make_pretraining(data, where, args):
             loss.backward()
         return sum(x.item() for x in losses), sum(len(x) for x, _ in batches.values()), 0
 
-    return {name: task.make_head for name, task in tasks.items()}, self_supervised, source
+    return {name: task.make_head for name, task in tasks.items()}, backward, source
 
 
 # --- end the pretraining arms: pretraining ---
@@ -173,7 +163,7 @@ def make_model(heads, args):
 
 @torch.no_grad()
 def predict(model, params, images):
-    """uint8 [N, 3, H, H] -> class probabilities [N, classes] under these parameters."""
+    """uint8 [N, 3, H, H] -> class probabilities [N, classes]; params {}: the model's own."""
     parts = images.split(100)
     return torch.cat([functional_call(model, params, (x / 255,)).softmax(1) for x in parts])
 
@@ -186,6 +176,8 @@ def accuracy(probabilities, labels):
 
 
 # --- shared: training ---
+# The log. phase: pretrain or target, step: in it; total_step: in the run. The other counts are of
+# training alone, from the start: images that went forward, labels used, FLOPs, seconds
 COUNTS = ("total_step", "images", "labels", "flops", "seconds")
 SCORES = ("accuracy", "accuracy_adapted", "pretext_loss", "pretext_loss_adapted")
 COLUMNS = ("phase", "step", *COUNTS, "train_loss", *SCORES)
@@ -216,9 +208,8 @@ class Run:
         except Exception as error:  # torch.load raises all kinds
             raise ValueError(f"{file} is damaged; --overwrite starts again") from error
         for key, now in self.config.items():
-            was, longer = began.get(key), key == "steps" and args.schedule == "constant"
-            if was != now and key not in ELSEWHERE and not longer:
-                holds = f"{self.folder} holds a run with {key} {was}, not {now}"
+            if now != began.get(key) and key not in {*ELSEWHERE, "steps"}:
+                holds = f"{self.folder} holds a run with {key} {began.get(key)}, not {now}"
                 raise ValueError(f"{holds}; take another --name, or --overwrite")
         if self.state["phase"] == "target" and self.state["total_step"] >= args.steps:
             print(f"{self.folder} holds this run, finished; --overwrite runs it again")
@@ -227,15 +218,13 @@ class Run:
     def save(self, row, **state):
         """Adds a row to the log and keeps what the run needs to go on from here."""
         cells = ["" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for x in row]
-        self.state |= state | {
-            "config": self.config,
-            "rows": [*self.state["rows"], ",".join(cells)],
-        }
+        rows = [*self.state["rows"], ",".join(cells)]
+        self.state |= {"config": self.config, "rows": rows, **state}
         if RANK > 0:
             return
         if (self.log.exists() and self.log.read_text()) != self.written:
             raise ValueError(f"{self.folder}: another run has written there; take another --name")
-        self.written = "\n".join([",".join(COLUMNS), *self.state["rows"], ""])
+        self.written = "\n".join([",".join(COLUMNS), *rows, ""])
         torch.save(self.state, checkpoint := io.BytesIO())
         files = {"config.json": json.dumps(self.config, indent=1).encode()}
         files |= {"metrics.csv": self.written.encode(), "checkpoint.pt": checkpoint.getvalue()}
@@ -246,14 +235,14 @@ class Run:
 
 
 def train(run, phase, steps, model, backward, evaluate, args):
-    """One phase: AdamW along what backward(step) adds to p.grad; -> the averaged model.
+    """One phase: AdamW along what backward(model, step) adds to p.grad; -> the averaged model.
 
-    backward(step) -> loss, images and labels used. evaluate(averaged model) -> the four SCORES,
-    each may be None. Goes on from `run`'s last row of this phase, if it has one.
+    backward -> loss, images and labels used. evaluate(averaged model) -> the four SCORES, each may
+    be None. Goes on from `run`'s last row of this phase, if it has one.
     """
     state, first, flops, losses = run.state, 0, 0, []
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, args.lr)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     if state["phase"] == phase:
@@ -269,8 +258,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
         loss, scores = sum(losses) / len(losses) if losses else None, evaluate(averaged.module)
         losses.clear()
         row = [phase, step, *(state[name] for name in COUNTS), loss, *scores]
-        weights = {name: part.state_dict() for name, part in parts.items()}
-        run.save(row, phase=phase, step=step, **weights)
+        run.save(row, phase=phase, step=step, **{n: p.state_dict() for n, p in parts.items()})
         shown = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
         said = "  ".join(f"{name} {x:.4f}" for name, x in shown.items() if x is not None)
         if RANK == 0:
@@ -281,20 +269,16 @@ def train(run, phase, steps, model, backward, evaluate, args):
         record(0)
     for step in bar:
         began = time.perf_counter()
-        warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
-        decay = (1 + math.cos(math.pi * step / steps)) / 2 if args.schedule == "cosine" else 1.0
-        optimizer.param_groups[0]["lr"] = args.lr * warm * decay
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
         for p in trained:
-            p.grad = torch.zeros_like(p)  # a process may have no work for some head
+            p.grad = torch.zeros_like(p)  # one of several processes may not reach every head
         counter = FlopCounterMode(display=False)
         with nullcontext() if flops else counter:  # every step of a phase does the same work
-            loss, images, labels = backward(step)
+            loss, images, labels = backward(model, step)
         flops = flops or counter.get_total_flops()
-        used = torch.tensor([loss, images, labels, flops], dtype=torch.float64)
-        if RANKS > 1:
-            used = used.to(args.device)
-            for tensor in (used, *(p.grad for p in trained)):
-                dist.all_reduce(tensor)
+        used = torch.tensor([loss, images, labels, flops], dtype=torch.float64, device=args.device)
+        for tensor in (used, *(p.grad for p in trained)) if RANKS > 1 else ():
+            dist.all_reduce(tensor)
         loss, *work = used.tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()
         if not math.isfinite(loss + norm):
@@ -304,8 +288,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
         averaged.update_parameters(model)
         losses.append(loss)
         work = (1, *map(int, work), time.perf_counter() - began)
-        for name, more in zip(COUNTS, work, strict=True):
-            state[name] += more
+        state |= {name: state[name] + more for name, more in zip(COUNTS, work, strict=True)}
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             record(step + 1)
     return averaged.module
@@ -317,8 +300,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
-USUAL = {"steps": 2000, "image_size": 32, "width": 16, "batch_size": 64}
-SPECIAL = {"shapes": {"steps": 300}}
+SPECIAL = {"shapes": {"steps": 300}}  # other defaults than the usual ones
 SPECIAL["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
 
 
@@ -329,47 +311,44 @@ def fail(message, code=2):
 
 
 def common_arguments():
-    """-> a parser with what all arms have; what has no default here, `parse` finds one for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """-> a parser with what all arms have."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.error = fail
     add = parser.add_argument_group("data").add_argument
     names = ", ".join(pretext.DATASETS)
     add("--dataset", default="shapes", help=f"{names}, or a folder with train/CLASS/, test/CLASS/")
-    add("--source", help="second dataset, named likewise (cifar100 for cifar10, and so on)")
-    add("--data-dir", default="data", help="for downloads and decoded folders (data)")
-    add("--labels-per-class", type=int, help="the rest are dropped (all)")
+    add("--source", help="second dataset, named likewise; None: cifar100 for cifar10, and so on")
+    add("--data-dir", default="data", help="for downloads and decoded folders")
+    add("--labels-per-class", type=int, help="the rest are dropped; None: all are kept")
     add("--eval-on", choices=("test", "val"), default="test", help="val: a fifth of the labels")
-    add("--image-size", type=int, help="pixels, a multiple of 8 (32; 16 for coloured_shapes)")
+    add("--image-size", type=int, default=32, help="pixels, a multiple of 8")
     add = parser.add_argument_group("training; for a GPU: --width 64 --steps 20000").add_argument
-    add("--steps", type=int, help="in all (2000; 300 for shapes, 1000 for coloured_shapes)")
-    add("--eval-every", type=int, help="steps (a tenth of all)")
-    add("--batch-size", type=int, help="labelled images a step (64; 128 for coloured_shapes)")
-    add("--lr", type=float, default=1e-3, help="learning rate of AdamW (.001; maml_ssl.py: .002)")
-    add("--weight-decay", type=float, default=0.01, help="of AdamW (.01)")
-    add("--warmup-steps", type=int, default=50, help="at the start of a phase (50)")
-    add("--schedule", choices=("constant", "cosine"), default="constant", help="of lr (constant)")
-    add("--ema", type=float, default=0.98, help="decay of the averaged weights, or 0 (.98)")
-    add("--backbone", choices=("conv", "resnet18"), default="conv", help="of the encoder (conv)")
-    add("--width", type=int, help="channels of conv's first block (16; 8 for coloured_shapes)")
+    add("--steps", type=int, default=2000, help="of the optimizer, pretraining included")
+    add("--eval-every", type=int, help="steps; None: a tenth of all")
+    add("--batch-size", type=int, default=64, help="labelled images a step")
+    add("--lr", type=float, default=1e-3, help="learning rate of AdamW")
+    add("--warmup-steps", type=int, default=50, help="of lr, at the start of a phase")
+    add("--ema", type=float, default=0.98, help="decay of the averaged weights; 0: no average")
+    add("--backbone", choices=("conv", "resnet18"), default="conv", help="of the encoder")
+    add("--width", type=int, default=16, help="channels of conv's first block")
     add("--amp", action="store_true", help="bfloat16, where the hardware has it")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
-    add("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="what is available here")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
     add = parser.add_argument_group("log").add_argument
-    add("--out", default="runs", help="the log goes to OUT/NAME/seed<k>/ (runs)")
-    add("--name", help="(arm, dataset, and the flags not at their defaults)")
+    add("--out", default="runs", help="the log goes to OUT/NAME/seed<k>/")
+    add("--name", help="None: arm, dataset, and the flags not at their defaults")
     add("--overwrite", action="store_true", help="start again")
     return parser
 
 
-def fill(args, usual, special):
-    """Gives what was not given its usual value, or the one that is special to the dataset."""
-    for key, value in (usual | special.get(args.dataset, {})).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-
-
-def parse(parser):
-    """-> the arguments, with every default, checked as far as all arms share them."""
+def parse(parser, **coloured_shapes):
+    """-> the arguments; each dataset has its own defaults. coloured_shapes: this arm's for that."""
+    special = {**SPECIAL, "coloured_shapes": {**SPECIAL["coloured_shapes"], **coloured_shapes}}
+    parser.epilog = f"Other defaults: {special}"
+    parser.set_defaults(**special.get(parser.parse_args().dataset, {}))
     args = parser.parse_args()
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]
     for key, value in vars(args).items():
@@ -377,22 +356,12 @@ def parse(parser):
             text = "+".join(value) if isinstance(value, list) else str(value)
             words.append(f"{key}={Path(text).name}")
     args.name = args.name or "-".join(words)[:120]
-    fill(args, USUAL, SPECIAL)
-    if (
-        min(args.steps, args.width, args.batch_size, args.image_size // 8) < 1
-        or args.image_size % 8
-    ):
-        fail("--image-size: take a multiple of 8; --steps, --width and --batch-size: from 1 up")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.source = args.source or pretext.DATASETS.get(args.dataset, (None, None))[1]
-    if args.source == args.dataset != "shapes":
-        fail(f"--source {args.source}: the same as --dataset; take another")
+    if min(args.steps, args.width, args.batch_size) < 1 or args.image_size not in range(8, 4096, 8):
+        fail("--image-size: take a multiple of 8; --steps, --width and --batch-size: from 1 up")
     if RANKS > 1 and args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception:  # each kind of device has its own
-        fail(f"--device {args.device} is not available here; --device cpu always is")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return args
 
 
@@ -402,17 +371,17 @@ def parse(parser):
 def parse_args():
     parser = common_arguments()
     add = parser.add_argument_group("algorithm").add_argument
-    kinds = ("supervised", "none", *pretext.TASKS)
+    kinds = ("supervised", *pretext.TASKS)
     add("--pretrain", nargs="+", choices=kinds, default=["supervised"], help="supervised: on the"
-        " source's labels (supervised)")  # fmt: skip
-    add("--pretrain-steps", type=int, help="of all --steps (half of them)")
+        " source's labels")  # fmt: skip
+    add("--pretrain-steps", type=int, help="of all --steps; 0: from scratch; None: half")
     add("--pretext-images", choices=("target", "source", "both"), default="target", help="of the"
-        " pretext tasks, without labels (target)")  # fmt: skip
+        " pretext tasks, without labels")  # fmt: skip
     args = parse(parser)
-    if len(args.pretrain) > 1 and {"supervised", "none"} & {*args.pretrain}:
-        fail(f"--pretrain {' '.join(args.pretrain)}: supervised, none, or pretext tasks")
-    if args.pretrain_steps is None or args.pretrain == ["none"]:
-        args.pretrain_steps = 0 if args.pretrain == ["none"] else args.steps // 2
+    if args.pretrain_steps is None:
+        args.pretrain_steps = args.steps // 2
+    if len(args.pretrain) > 1 and "supervised" in args.pretrain:
+        fail(f"--pretrain {' '.join(args.pretrain)}: supervised, or pretext tasks")
     if not 0 <= args.pretrain_steps <= args.steps:
         fail(f"--pretrain-steps {args.pretrain_steps}: not within the {args.steps} of --steps")
     return args

@@ -54,7 +54,7 @@ def make_case(arguments):
     *_, model, backward, _, args = train.call_args.args
     nothing = torch.zeros((), requires_grad=True), 0.0
     with mock.patch.object(maml_ssl, "outer_loss", return_value=nothing) as outer:
-        backward(0)
+        backward(model, 0)
     calls = outer.call_args_list
     weight = args.pretext_weight / len(calls)
     loops = [(c.args[1:], c.kwargs, len(c.args[-1]) / args.batch_size, weight) for c in calls]
@@ -212,10 +212,10 @@ def part_c():
     for name, flags in {"ours": "", "ours, K = 5": "--inner-steps 5", **OTHERS}.items():
         model, _, backward = make_case(flags)
         optimizer = torch.optim.AdamW(model.parameters())
-        backward(0)
+        backward(model, 0)
         with cProfile.Profile() as profile:
             for step in range(OPTIONS.repetitions):
-                backward(step)
+                backward(model, step)
                 optimizer.step()
         found = pstats.Stats(profile).stats.items()
         seconds = {f"{Path(file).stem}.{function}": row[3] for (file, _, function), row in found}

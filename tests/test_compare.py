@@ -120,8 +120,8 @@ def test_the_baseline_is_the_one_fine_tuned_arm_or_the_one_named(tmp_path, capsy
         return cells(capsys.readouterr().out)["maml_ssl"].get(STEPS)
 
     write_two_arms(tmp_path)
-    write(tmp_path, "pretrain_finetune-shapes-pretrain=none", [0.1, 0.4])
-    assert steps() == "40 ± 0" and steps("--baseline", "pretrain_finetune-pretrain=none") == "30"
+    write(tmp_path, "pretrain_finetune-shapes-pretrain_steps=0", [0.1, 0.4])
+    assert steps() == "40 ± 0" and steps("--baseline", "pretrain_finetune-pretrain_steps=0") == "30"
     write(tmp_path, "pretrain_finetune-shapes-lr=0.1", [0.1, 0.4], before=10)  # now there are two
     assert steps() is None and "--baseline" in (tmp_path / "shapes.md").read_text()
 

@@ -221,7 +221,7 @@ def test_a_step_of_main_adds_the_gradient_of_the_outer_loss(main, dataset, flags
     query = step_loss(*step, 0, **inner).item()
     shown = sum(len(x) for batches, *_ in loops for x, _ in batches.values())
     m.model.zero_grad()
-    value, *counts = m.backward(5)
+    value, *counts = m.backward(m.model, 5)
     assert value == pytest.approx(query, rel=1e-5)
     assert counts == [18 + max(1, args.inner_steps) * shown, 18]  # images, labels
     for name, p in m.model.named_parameters():
@@ -235,7 +235,7 @@ def test_inner_lr_zero_and_weight_zero_is_supervised_training_to_the_bit(main):
     for step in range(4):
         images, labels, _ = pretext.labelled_batch(m.data, step, 18, 3)
         m.model.zero_grad()
-        assert m.backward(step)[1:] == (18, 18)  # no pretext work is done
+        assert m.backward(m.model, step)[1:] == (18, 18)  # no pretext work is done
         optimizers[1].zero_grad()
         F.cross_entropy(models[1](images), labels).backward()
         for optimizer in optimizers:
