@@ -409,7 +409,7 @@ def common_arguments():
 def parse(parser, **coloured_shapes):
     """-> the arguments; each dataset has its own defaults. coloured_shapes: this arm's for that."""
     special = {**SPECIAL, "coloured_shapes": {**SPECIAL["coloured_shapes"], **coloured_shapes}}
-    parser.epilog = f"Other defaults: {special}"
+    parser.epilog = f"Defaults that differ with --dataset: {special}"
     parser.set_defaults(**special.get(parser.parse_args().dataset, {}))
     args = parser.parse_args()
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]

@@ -326,29 +326,21 @@ def by_environment(args, data, tasks, model, support: str, lr: float, steps: int
     own: images of the environment. other: of the one that differs most. shuffled: own, red and
     green exchanged in half of them, so that colour says nothing of shape. none: unadapted.
     """
-    params, found = dict(model.named_parameters()), []
-    groups = (
-        [tasks]
-        if args.arm != "maml_ssl" or args.inner == "joint"
-        else [{t: tasks[t]} for t in tasks]
-    )
-    for environment, (scored, images, mask, *rest) in enumerate(
-        pretext.adaptations(data, False, 0)
-    ):
+    found = []
+    for environment, job in enumerate(pretext.adaptations(data, False, 0)):
+        scored, images, mask, *rest = job
         if support == "other":
             mask = data.unlabelled[1 if environment != 1 else len(data.unlabelled) - 1][1]
         if support == "shuffled":
             half = torch.arange(len(images))[:, None, None, None] % 2 == 0
             images = torch.where(half, images[:, [1, 0, 2]], images)
-        votes = 0.0
-        for group in groups if support != "none" else [{}]:
-            adapted = params
-            if group:
-                batches = pretext.batches(group, args.seed, "evaluation", 0, images, mask, *rest)
-                loss = maml_ssl.pretext_loss(model, group, batches)
-                adapted, _ = maml_ssl.adapt(loss, params, lr, steps, first_order=True)
-            votes = votes + maml_ssl.predict(model, adapted, data.test_images[scored])
-        found.append(maml_ssl.accuracy(votes, data.test_labels[scored]))
+        params = dict(model.named_parameters())
+        if support != "none":
+            batches = pretext.batches(tasks, args.seed, "evaluation", 0, images, mask, *rest)
+            loss = maml_ssl.pretext_loss(model, tasks, batches)  # one inner loop for all tasks
+            params, _ = maml_ssl.adapt(loss, params, lr, steps, first_order=True)
+        probabilities = maml_ssl.predict(model, params, data.test_images[scored])
+        found.append(maml_ssl.accuracy(probabilities, data.test_labels[scored]))
     return found
 
 
@@ -460,19 +452,16 @@ def draw_answer(groups: dict, column: str, path: Path) -> None:
 def draw_step(path: Path) -> None:
     """One outer step: support, inner loop, query, and the way of the gradient back."""
     inside, outside, both = "#DCEAF5", "#FBE6D4", "#E3EFE3"
+    step = "inner loop, K times\n$w_{k+1} = w_k - \\alpha\\, \\nabla L_t(w_k)$"
+    outer = "outer loss:\ncross-entropy\n$+\\ \\beta\\, L_t(w_0)$"
     boxes = {  # name: (x, y, text, colour)
         "support": (0, 1, "support images\nno labels", inside),
         "pretext": (1.1, 1, "pretext task t makes\ninputs and targets", inside),
-        "loop": (
-            2.3,
-            1,
-            "inner loop, K times\n$w_{k+1} = w_k - \\alpha\\, \\nabla L_t(w_k)$",
-            inside,
-        ),
+        "loop": (2.3, 1, step, inside),
         "query": (0, 0, "query images\nwith labels", outside),
         "model": (1.1, 0, "encoder and classifier\nwith the weights $w_K$", outside),
         "entropy": (2.3, 0, "cross-entropy of\nthe desired task", outside),
-        "loss": (3.4, 0.5, "outer loss:\ncross-entropy\n$+\\ \\beta\\, L_t(w_0)$", both),
+        "loss": (3.4, 0.5, outer, both),
     }
     figure = Figure((7.2, 2.5), layout="constrained")
     ax = figure.subplots()
@@ -483,17 +472,14 @@ def draw_step(path: Path) -> None:
         look = {"boxstyle": "round,pad=0.5", "fc": colour, "ec": "0.3", "lw": 0.8}
         drawn[name] = ax.text(x, y, text, ha="center", va="center", size=8, bbox=look)
     figure.draw_without_rendering()  # settles how large the boxes are
-
-    def arrow(start, end, colour="0.3", style="arc3"):
-        look = {"arrowstyle": "-|>", "color": colour, "lw": 1.2, "connectionstyle": style}
+    pairs = "support pretext,pretext loop,query model,model entropy,loop model,loop loss"
+    for pair in f"{pairs},entropy loss,loss loop".split(","):
+        start, end = pair.split()
+        look = {"arrowstyle": "-|>", "color": "0.3", "lw": 1.2}
         look |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        if start == "loss":  # the way back
+            look |= {"color": "#D55E00", "connectionstyle": "arc3,rad=0.5"}
         ax.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=look)
-
-    for pair in ("support pretext", "pretext loop", "query model", "model entropy"):
-        arrow(*pair.split())
-    for pair in ("loop model", "loop loss", "entropy loss"):
-        arrow(*pair.split())
-    arrow("loss", "loop", "#D55E00", "arc3,rad=0.5")
     back = "the gradient goes back through the inner loop,\nto the weights $w_0$: second order"
     ax.text(3.75, 1.4, back, size=7.5, color="#D55E00", ha="right")
     figure.savefig(path.with_suffix(".png"), dpi=300)

@@ -250,6 +250,17 @@ def test_default_names_keep_configurations_apart_and_hold_no_path():
     assert call("parse_args", "maml_ssl", *elsewhere, "--overwrite").name in plain
 
 
+def test_each_dataset_has_its_own_defaults_and_what_is_given_stands():
+    coloured = ("--dataset", "coloured_shapes", "--image-size", 32)
+    args = call("parse_args", "maml_ssl", *coloured)
+    assert (args.image_size, args.width, args.batch_size, args.steps) == (32, 8, 128, 1000)
+    assert (args.inner, args.inner_lr, args.pretext_weight, args.lr) == ("joint", 3, 0.1, 0.002)
+    assert args.name == "maml_ssl-coloured_shapes-image_size=32"
+    other = call("parse_args", "linear_probe", *coloured[:2], "--pretrain-steps", 7)
+    assert (other.image_size, other.width, other.lr, other.pretrain_steps) == (16, 8, 0.001, 7)
+    assert call("parse_args", "maml_ssl", "--dataset", "cifar10").steps == 2000
+
+
 def test_amp_rounds_inside_the_network_alone(tmp_path):
     images, heads = torch.rand(20, 3, 32, 32), {"target": maml_ssl.classifier(5)}
     args = [call("parse_args", "maml_ssl", *TINY, *amp) for amp in ([], ["--amp"])]
