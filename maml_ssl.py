@@ -102,32 +102,33 @@ def main():
     shown = [data]  # whose images the pretext tasks may see
     if args.pretext_images == "both":
         shown.append(pretext.load(args.source, *where, source=True))
-    pool, home = pretext.pool(shown)  # images, and the environment of each
+    pool, pool_environments = pretext.pool(shown)
     tasks = {name: pretext.TASKS[name](pool) for name in args.pretext}
     heads = {name: task.make_head for name, task in tasks.items()}
     model = make_model({"target": classifier(data.classes)} | heads, args)
     # Each task has an inner loop of its own and a share of the query, or all share one
     together = args.inner == "joint" or not args.inner_steps
     groups = [tasks] if together else [{name: task} for name, task in tasks.items()]
-    inner = {"lr": args.inner_lr, "steps": args.inner_steps, "flat_memory": args.flat_memory}
-    first, transductive = args.first_order, args.support == "query"
+    inner = {"lr": args.inner_lr, "steps": args.inner_steps}
+    way = {"first_order": args.first_order, "flat_memory": args.flat_memory}
+    transductive = args.support == "query"
 
     def backward(model, step):
         """Adds the outer gradient to every p.grad; -> classification loss, images, labels used."""
         images, labels, index = pretext.labelled_batch(data, step, args.batch_size, args.seed)
-        loops = inner_loops(groups, data, index)
-        total, seen, labelled = 0.0, 0, 0
+        # [B, 3, H, H], [B], [B]; a share of the B for each inner loop
+        loops, total, seen, labelled = inner_loops(groups, data, index), 0.0, 0, 0
         for group, environment, share in loops[RANK::RANKS]:  # one graph is alive at a time
             support = images[share], index[share]
             if not transductive:  # other images of the same environment
-                others = (home == environment).index_fill(0, index, False)
+                others = (pool_environments == environment).index_fill(0, index, False)
                 support = pool, others, args.support_batch_size, data.flip
                 if step == 0 and group and others.sum() < args.support_batch_size:
                     print(f"a support batch has {others.sum()} images: there are no more")
             purpose = f"pretext{environment or ''}"
             batches = pretext.batches(group, args.seed, purpose, step, *support)
             query = images[share], labels[share]
-            loss, before = outer_loss(model, group, batches, *query, **inner, first_order=first)
+            loss, before = outer_loss(model, group, batches, *query, **inner, **way)
             loss = len(share) / len(index) * loss
             (loss + args.pretext_weight * before / len(loops)).backward()
             total, labelled = total + loss.item(), labelled + len(share)
