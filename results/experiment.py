@@ -139,7 +139,7 @@ TUNE = {
     for i, flags in enumerate(trials)
 }
 PROTOCOLS = {
-    "photos": (range(5), PHOTOS),
+    "photos": (range(4), PHOTOS),
     "shares": (range(100, 103), {n: f"{c} --eval-on val" for n, c in PRETRAINED.items()}),
     "tinted": (range(3), TINTED),
     "controls": (range(5), {name: f"{arm} {CIFAR}" for name, arm in CONTROLS.items()}),
