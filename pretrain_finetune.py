@@ -2,7 +2,7 @@
 
     python pretrain_finetune.py                         # drawn shapes: 81%, 25 s, 2 cores
     python pretrain_finetune.py --dataset cifar10       # pretrained on CIFAR-100; downloads both
-    python pretrain_finetune.py --pretrain-steps 0     # from scratch
+    python pretrain_finetune.py --pretrain-steps 0      # from scratch
     python pretrain_finetune.py --pretrain rotation contrastive --pretext-images both
 
     --pretrain-steps times   (theta, phi) <- AdamW step on the pretraining loss
