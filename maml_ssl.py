@@ -117,7 +117,8 @@ def main():
         """Adds the outer gradient to every p.grad; -> classification loss, images, labels used."""
         images, labels, index = pretext.labelled_batch(data, step, args.batch_size, args.seed)
         # [B, 3, H, H], [B], [B]; a share of the B for each inner loop
-        loops, total, seen, labelled = inner_loops(groups, data, index), 0.0, 0, 0
+        environments = data.environments[index] * bool(tasks)  # no tasks: one share, no loop
+        loops, total, seen, labelled = inner_loops(groups, environments), 0.0, 0, 0
         for group, environment, share in loops[RANK::RANKS]:  # one graph is alive at a time
             support = images[share], index[share]
             if not transductive:  # other images of the same environment
@@ -154,18 +155,17 @@ def main():
     train(run, "target", args.steps, model, backward, evaluate, args)
 
 
-def inner_loops(groups, data, index):
+def inner_loops(groups, environments):
     """-> (tasks, environment, share) for each inner loop of a step, the same in every process.
 
-    share: those positions in the query, of images of one environment, that fall to these tasks.
+    environments: of the query [B]. share: the positions in it, all of one environment, that fall to
+    these tasks.
     """
-    environments, loops = data.environments[index], []
-    if not groups[0]:  # no tasks: nothing adapts, and the query goes forward at once
-        environments = torch.zeros_like(index)
+    loops = []
     for environment in environments.unique().tolist():
         own = (environments == environment).nonzero().squeeze(1)
         if len(own) < len(groups):
-            raise ValueError(f"--batch-size {len(index)}: fewer images than inner loops")
+            raise ValueError(f"--batch-size {len(environments)}: fewer images than inner loops")
         shares = own.tensor_split(len(groups))
         loops += [(g, environment, share) for g, share in zip(groups, shares, strict=True)]
     return loops
@@ -201,8 +201,7 @@ class Model(nn.Module):
 
     def forward(self, images, task="target"):  # images [N, 3, H, H] in [0, 1]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            outputs = self.heads[task](self.encoder((images - 0.5) / 0.25))
-        return outputs.float() if self.amp else outputs
+            return self.heads[task](self.encoder((images - 0.5) / 0.25)).to(images.dtype)
 
 
 def classifier(classes):
@@ -233,9 +232,6 @@ def predict(model, params, images):
 
 def accuracy(probabilities, labels):
     return (probabilities.argmax(1) == labels).double().mean().item()
-
-
-# --- end shared: network ---
 
 
 # --- shared: training ---
@@ -357,9 +353,6 @@ def train(run, phase, steps, model, backward, evaluate, args):
     return averaged.module
 
 
-# --- end shared: training ---
-
-
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
@@ -428,9 +421,7 @@ def parse(parser, **coloured_shapes):
     return args
 
 
-# --- end shared: arguments ---
-
-
+# --- the arm's own arguments ---
 def parse_args():
     parser = common_arguments()
     parser.set_defaults(lr=2e-3)
@@ -442,10 +433,9 @@ def parse_args():
     add("--first-order", action="store_true", help="drop the second derivatives")
     add("--flat-memory", action="store_true", help="memory that does not grow with K; slower")
     add("--pretext-weight", type=float, default=0.3, help="beta")
-    add("--inner", choices=("per-task", "joint"), default="per-task", help="an inner loop for each"
-        " task, or one for all")  # fmt: skip
-    add("--support", choices=("disjoint", "query"), default="disjoint", help="adapt to other images"
-        " than the query's, or to the same: transductive")  # fmt: skip
+    loops, support = ("per-task", "joint"), ("disjoint", "query")
+    add("--inner", choices=loops, default=loops[0], help="a loop for each task, or one for all")
+    add("--support", choices=support, default=support[0], help="query: its own images, unlabelled")
     add("--support-batch-size", type=int, default=32, help="images of each task")
     add("--pretext-images", choices=("target", "both"), default="target", help="both: source's too")
     args = parse(parser, inner="joint", inner_lr=3.0, pretext_weight=0.1)

@@ -1,6 +1,6 @@
 """Pretrain on one task, then fine-tune every weight on the desired task: the usual transfer.
 
-    python pretrain_finetune.py                         # drawn shapes: 81%, 25 s, 2 cores
+    python pretrain_finetune.py                         # drawn shapes: 82%, 25 s, 2 cores
     python pretrain_finetune.py --dataset cifar10       # pretrained on CIFAR-100; downloads both
     python pretrain_finetune.py --pretrain-steps 0      # from scratch
     python pretrain_finetune.py --pretrain rotation contrastive --pretext-images both
@@ -105,9 +105,6 @@ def make_pretraining(data, where, args):
     return {name: task.make_head for name, task in tasks.items()}, backward, source
 
 
-# --- end the pretraining arms: pretraining ---
-
-
 # --- shared: network ---
 def make_encoder(backbone, width):
     """-> f_theta: [N, 3, H, H] -> feature map [N, channels, H/8, H/8], and its channels.
@@ -138,8 +135,7 @@ class Model(nn.Module):
 
     def forward(self, images, task="target"):  # images [N, 3, H, H] in [0, 1]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            outputs = self.heads[task](self.encoder((images - 0.5) / 0.25))
-        return outputs.float() if self.amp else outputs
+            return self.heads[task](self.encoder((images - 0.5) / 0.25)).to(images.dtype)
 
 
 def classifier(classes):
@@ -170,9 +166,6 @@ def predict(model, params, images):
 
 def accuracy(probabilities, labels):
     return (probabilities.argmax(1) == labels).double().mean().item()
-
-
-# --- end shared: network ---
 
 
 # --- shared: training ---
@@ -294,9 +287,6 @@ def train(run, phase, steps, model, backward, evaluate, args):
     return averaged.module
 
 
-# --- end shared: training ---
-
-
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
@@ -365,21 +355,17 @@ def parse(parser, **coloured_shapes):
     return args
 
 
-# --- end shared: arguments ---
-
-
+# --- the arm's own arguments ---
 def parse_args():
     parser = common_arguments()
     add = parser.add_argument_group("algorithm").add_argument
-    kinds = ("supervised", *pretext.TASKS)
-    add("--pretrain", nargs="+", choices=kinds, default=["supervised"], help="supervised: on the"
-        " source's labels")  # fmt: skip
-    add("--pretrain-steps", type=int, help="of all --steps; 0: from scratch; None: half")
-    add("--pretext-images", choices=("target", "source", "both"), default="target", help="of the"
-        " pretext tasks, without labels")  # fmt: skip
+    kinds, shown = ("supervised", *pretext.TASKS), ("target", "source", "both")
+    add("--pretrain", nargs="+", choices=kinds, default=[kinds[0]], help="labels, or pretext tasks")
+    add("--pretrain-steps", type=int, help="of all --steps; 0: from scratch; None: a quarter")
+    add("--pretext-images", choices=shown, default=shown[0], help="whose the pretext tasks see")
     args = parse(parser)
     if args.pretrain_steps is None:
-        args.pretrain_steps = args.steps // 2
+        args.pretrain_steps = math.ceil(args.steps / 4)
     if len(args.pretrain) > 1 and "supervised" in args.pretrain:
         fail(f"--pretrain {' '.join(args.pretrain)}: supervised, or pretext tasks")
     if not 0 <= args.pretrain_steps <= args.steps:

@@ -68,7 +68,7 @@ def history(arm, out, *flags):
     return kept
 
 
-BLOCK = re.compile(r"^# --- (?!end )(.*: .*) ---\n(.*?)^# --- end \1 ---$", re.S | re.M)
+BLOCK = re.compile(r"^# --- ([^\n]*: [^\n]*) ---\n(.*?)(?=^# --- )", re.S | re.M)  # to the next
 
 
 def differences(texts):
