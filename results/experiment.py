@@ -49,6 +49,9 @@ PHOTOS = PRETRAINED | {
     "maml": f"maml_ssl.py {CIFAR}",
     "joint": f"maml_ssl.py --inner-lr 0 --lr .001 --pretext-weight .03 {CIFAR}",
 }
+# An inner loop that moves: of these settings the one with the best validation accuracy among those
+# whose inner step lowers the pretext loss at the evaluation by a tenth or more (600 steps, seed 100)
+MOVING = {f"alpha-{alpha}": f"maml_ssl.py {CIFAR} --inner-lr {alpha}" for alpha in (0.1, 0.3, 1, 3)}
 CONTROLS = {
     "no-inner-loop": "maml_ssl.py --inner-lr 0",
     "first-order": "maml_ssl.py --first-order",
@@ -127,26 +130,26 @@ for name in ("maml", "colorization"):
 TINTED["maml-alpha-1"] = f"{TINTED['maml']} --inner-lr 1"
 # Each other task alone; and each with a loop of its own, which takes the whole step, where the mean
 # of four losses gives a task a quarter of it
-ALONE = {
-    t: f"{SETTINGS['colorization']} --steps 600 --pretext {t}"
-    for t in PRETEXT.split()
-    if t != "colorization"
-}
-ALONE["per-task"] = f"{SETTINGS['maml']} --steps 600 --inner per-task --inner-lr 1"
+for task in ("rotation", "masked_autoencoding", "contrastive"):
+    WHERE[task] = f"{SETTINGS['colorization']} --steps 600 --pretext {task}"
+WHERE["per-task"] = f"{SETTINGS['maml']} --steps 600 --inner per-task --inner-lr 1"
 TUNE = {
     f"{name}-{i}": f"{arm} {SHAPES} --steps 600 --eval-on val {flags}"
     for name, (arm, trials) in TRIALS.items()
     for i, flags in enumerate(trials)
 }
 PROTOCOLS = {
-    "photos": (range(4), PHOTOS),
+    "photos": (range(5), PHOTOS),
+    "moving-tune": (
+        range(100, 101),
+        {n: f"{c} --steps 600 --eval-on val" for n, c in MOVING.items()},
+    ),
     "shares": (range(100, 103), {n: f"{c} --eval-on val" for n, c in PRETRAINED.items()}),
     "tinted": (range(3), TINTED),
     "controls": (range(5), {name: f"{arm} {CIFAR}" for name, arm in CONTROLS.items()}),
     "tune": (range(100, 101), TUNE),
     "tune-again": (range(101, 103), {name: TUNE[name] for name in CLOSE}),
     "environments": (range(5), SETTINGS),
-    "alone": (range(1), ALONE),
     "where": (range(3), WHERE),
 }
 
@@ -191,7 +194,8 @@ QUESTIONS = {
 
 PLAIN = ("photos", "shares", "controls")  # protocols with one environment
 # Mean over the three environments (%): the most that a rule for one image can reach, for a quarter
-# of the labels is flipped; and one that knows in what share of them colour agrees (80, 10, 90%)
+# of the labels is flipped and colour agrees with only 60% of them; and the most for one that knows
+# the environment: there it follows the colour, in 80, 10 or 90% of the images the label's
 CEILINGS = (75.0, 86.7)
 # 600 steps were fixed before the runs. One seed of MAML had then only begun to rise: so all were
 # continued to 1,000, with the same settings. Both are reported.
@@ -288,22 +292,6 @@ def write_environments(folder: Path, draw, train: tuple, test: tuple) -> None:
             place = folder / ("train", "test")[split] / f"class{label}" / f"environment{home}"
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
-
-
-def ceilings() -> tuple[list[float], list[float]]:
-    """Accuracy (%) in each environment of an oracle that sees shape and colour: fitted on both
-    training environments together, and fitted on the environment itself."""
-    train = [x.flatten() for x in pretext.coloured_labels(5000, (0.8, 0.1), 0)]
-    test = pretext.coloured_labels(1256, (0.8, 0.1, 0.9), 1)
-
-    def rule(shape, colour, label):  # -> the more frequent label of each of the four kinds
-        return np.array([label[2 * shape + colour == kind].mean() > 0.5 for kind in range(4)])
-
-    blind, knowing = [], []
-    for shape, colour, label in zip(*test, strict=True):
-        for found, fitted in ((blind, rule(*train)), (knowing, rule(shape, colour, label))):
-            found.append(100 * np.mean(fitted[2 * shape + colour] == label))
-    return blind, knowing
 
 
 def load_run(folder: Path) -> tuple:
@@ -536,9 +524,6 @@ def report() -> None:
             parts += [compare.table(arms, baseline), verdicts(name, arms)]
         if (path := RESULTS / f"{name}_support.csv").exists():
             parts += [f"## {name}: adapted to what", support_tables(read_support(path))]
-    blind, knowing = ceilings()
-    parts.append(f"""An oracle that sees shape and colour of the test images: {np.mean(blind):.1f}%
-(worst {min(blind):.1f}%); one that knows the environment too: {np.mean(knowing):.1f}%.""")
     text = "\n\n".join(part for part in parts if part) + "\n"
     (RESULTS / "report.md").write_text(text, encoding="utf-8")
     columns = {"steps": "total_step", "flops": "flops", "paid_once": "step"}

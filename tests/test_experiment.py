@@ -81,12 +81,6 @@ def test_two_arms_that_are_the_same_are_rarely_refuted_in_steps(seeds):
     assert words.count("undecided") / 500 > 0.93
 
 
-def test_an_oracle_that_sees_shape_and_colour_needs_the_environment():
-    blind, knowing = experiment.ceilings()
-    assert np.mean(blind) == pytest.approx(75, abs=1.5) and max(blind) < 78
-    assert knowing == pytest.approx([80, 90, 90], abs=2.5)
-
-
 @pytest.mark.parametrize("photographs", [False, True])
 def test_the_folder_of_other_environments_has_their_shares(tmp_path, monkeypatch, photographs):
     for split in "train", "test":
