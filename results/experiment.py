@@ -433,8 +433,7 @@ def draw_answer(groups: dict, column: str, path: Path) -> None:
                     ax.text(ax.get_xlim()[1], height + 0.4, text, size=6, color="0.3", ha="right")
             ax.set(title=title, ylabel="test accuracy (%)")
             compare.label_ends(ax, ends)
-        figure.savefig(path.with_suffix(".png"), dpi=300)
-        figure.savefig(path.with_suffix(".pdf"))
+        figure.savefig(path, dpi=300)
 
 
 def draw_step(path: Path) -> None:
@@ -470,8 +469,7 @@ def draw_step(path: Path) -> None:
         ax.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=look)
     back = "the gradient goes back through the inner loop,\nto the weights $w_0$: second order"
     ax.text(3.75, 1.4, back, size=7.5, color="#D55E00", ha="right")
-    figure.savefig(path.with_suffix(".png"), dpi=300)
-    figure.savefig(path.with_suffix(".pdf"))
+    figure.savefig(path, dpi=300)
 
 
 def read_support(path: Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
@@ -528,8 +526,8 @@ def report() -> None:
     (RESULTS / "report.md").write_text(text, encoding="utf-8")
     columns = {"steps": "total_step", "flops": "flops", "paid_once": "step"}
     for name, column in columns.items():
-        draw_answer(groups, column, RESULTS / name)
-    draw_step(RESULTS / "outer_step")
+        draw_answer(groups, column, RESULTS / f"{name}.png")
+    draw_step(RESULTS / "outer_step.png")
     print(text, end="")
 
 
