@@ -55,8 +55,8 @@ PHOTOS = PRETRAINED | {
     "no-inner-loop": f"maml_ssl.py --inner-lr 0 {CIFAR}",
     "maml-both": f"maml_ssl.py --pretext-images both {CIFAR}",
 }
-# An inner loop that moves: of these settings the one with the best validation accuracy among those
-# whose inner step lowers the pretext loss at the evaluation by a tenth or more (600 steps, seed 100)
+# An inner loop that moves: of these the one with the best validation accuracy among those whose
+# inner step lowers the pretext loss at the evaluation by a tenth or more (600 steps, seed 100)
 MOVING = {f"alpha-{alpha}": f"maml_ssl.py {CIFAR} --inner-lr {alpha}" for alpha in (0.1, 0.3, 1, 3)}
 SHAPES = "--dataset coloured_shapes"
 
