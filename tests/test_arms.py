@@ -258,7 +258,9 @@ def test_each_dataset_has_its_own_defaults_and_what_is_given_stands():
     assert args.name == "maml_ssl-coloured_shapes-image_size=32"
     other = call("parse_args", "linear_probe", *coloured[:2], "--pretrain-steps", 7)
     assert (other.image_size, other.width, other.lr, other.pretrain_steps) == (16, 8, 0.001, 7)
-    assert call("parse_args", "maml_ssl", "--dataset", "cifar10").steps == 2000
+    plain = [call("parse_args", arm, "--dataset", "cifar10") for arm in ARMS]
+    assert [args.steps for args in plain] == [2000] * 3
+    assert [args.pretrain_steps for args in plain[1:]] == [500, 1500]  # what validation preferred
 
 
 def test_amp_rounds_inside_the_network_alone(tmp_path):

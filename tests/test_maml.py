@@ -228,8 +228,9 @@ def test_a_step_of_main_adds_the_gradient_of_the_outer_loss(main, dataset, flags
         assert (p.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
 
 
-def test_inner_lr_zero_and_weight_zero_is_supervised_training_to_the_bit(main):
-    m = main("--inner-lr", 0, "--pretext-weight", 0)
+@pytest.mark.parametrize("dataset", ["shapes", "coloured_shapes"])
+def test_inner_lr_zero_and_weight_zero_is_supervised_training_to_the_bit(main, dataset):
+    m = main("--dataset", dataset, "--inner-lr", 0, "--pretext-weight", 0)
     models = m.model, copy.deepcopy(m.model)
     optimizers = [torch.optim.AdamW(model.parameters(), 1e-2) for model in models]
     for step in range(4):
