@@ -260,7 +260,7 @@ def test_each_dataset_has_its_own_defaults_and_what_is_given_stands():
     assert (other.image_size, other.width, other.lr, other.pretrain_steps) == (16, 8, 0.001, 7)
     plain = [call("parse_args", arm, "--dataset", "cifar10") for arm in ARMS]
     assert [args.steps for args in plain] == [2000] * 3
-    assert [args.pretrain_steps for args in plain[1:]] == [500, 1500]  # what validation preferred
+    assert [args.pretrain_steps for args in plain[1:]] == [500, 1500]  # those of the experiment
 
 
 def test_amp_rounds_inside_the_network_alone(tmp_path):
