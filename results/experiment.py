@@ -200,7 +200,7 @@ CEILINGS = (75.0, 86.7)
 # 600 steps were fixed before the runs. One seed of MAML had then only begun to rise: so all were
 # continued to 1,000, with the same settings. Both are reported.
 HORIZONS = (600, 1000)
-# The share of pretraining, in percent: for fine-tuning the one that validation prefers at 2,000 steps
+# The share of pretraining, in percent: for fine-tuning the one that validation prefers
 # (results/shares.csv), for probing the one that earlier code had chosen
 SHARE = {"fine-tuned": 25, "probed": 75}
 BASELINES = (f"fine-tuned-{SHARE['fine-tuned']}", "fine-tuned")
