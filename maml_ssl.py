@@ -308,8 +308,6 @@ def train(run, phase, steps, model, backward, evaluate, args):
         first = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    elif state["phase"] == "target":  # this phase is over; weights come with the checkpoint
-        first = steps
     bar = tqdm(range(first, steps), phase, initial=first, total=steps, disable=RANK > 0)
 
     def record(step):

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import math
 import os
-import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
@@ -229,17 +228,6 @@ class MaskedAutoencoding:
         return (masked * (outputs - pixels) ** 2).mean() / masked.mean()
 
 
-def nt_xent(views: Tensor, partners: Tensor, temperature: float = 0.5) -> Tensor:
-    """Normalised temperature-scaled cross-entropy, a scalar (SimCLR, 2002.05709, equation 1).
-
-    views [2N, D] of any length; row partners[i] (int64 [2N]) shows the image that row i shows.
-    """
-    views = F.normalize(views, dim=1)
-    similarity = views @ views.T / temperature  # [2N, 2N]
-    itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
-    return F.cross_entropy(similarity.masked_fill(itself, -math.inf), partners)
-
-
 class Contrastive:
     """Which of the batch's other views shows the same image? (SimCLR, 2002.05709, app. A, B.9)
 
@@ -249,7 +237,7 @@ class Contrastive:
     once, at the end; the projection (hidden width: the encoder's, 128 outputs) has no BatchNorm.
     """
 
-    loss = staticmethod(nt_xent)
+    temperature = 0.5
 
     def __init__(self, images):
         self.flip = 0.0 if is_gray(images) else 0.5
@@ -261,6 +249,13 @@ class Contrastive:
         views = images.repeat_interleave(2, 0)
         partners = torch.arange(len(views), device=images.device) ^ 1  # 1, 0, 3, 2, 5, 4, ...
         return self.jitter(self.crop(views, generator), generator), partners
+
+    def loss(self, outputs, targets):
+        """NT-Xent (equation 1), of outputs [2N, D]: row targets[i] shows the image of row i."""
+        views = F.normalize(outputs, dim=1)
+        similarity = views @ views.T / self.temperature  # [2N, 2N]
+        itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
+        return F.cross_entropy(similarity.masked_fill(itself, -math.inf), targets)
 
     def crop(self, views, generator):
         """Cuts 8 to 100% of the area out of each of [R, 3, H, H], at ratios of 3/4 to 4/3."""
@@ -646,8 +641,7 @@ def coloured_labels(count: int, agreement: tuple, seed: int) -> tuple[np.ndarray
     (There in 80 and 90% for training and in 10% for the test.)
     """
     rng = np.random.default_rng([seed, count])
-    each = [rng.permutation(count) % 2 for _ in agreement]
-    shape = np.stack(each)
+    shape = np.stack([rng.permutation(count) % 2 for _ in agreement])
     label = shape ^ (rng.random(shape.shape) < 0.25)
     return shape, label ^ (rng.random(shape.shape) >= np.array(agreement)[:, None]), label
 
@@ -706,6 +700,5 @@ if __name__ == "__main__":
         images = [decode(path, 32) for path in args.images] or list(draw_shapes(4, seed=1)[0])
         draw_figure(torch.stack(images), args.out)
     except (OSError, ValueError) as error:
-        print(f"pretext.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"pretext.py: {error}\n")
     print(f"wrote {args.out}")

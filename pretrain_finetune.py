@@ -53,9 +53,10 @@ def main():
 
     # A head that a phase does not train stays out of its optimizer, or weight decay would move it
     model.heads["target"].requires_grad_(False)
-    unevaluated = lambda averaged: (None,) * 4  # noqa: E731
-    averaged = train(run, "pretrain", args.pretrain_steps, model, pretraining, unevaluated, args)
-    model.load_state_dict(averaged.state_dict())
+    nothing = lambda averaged: (None,) * 4  # noqa: E731
+    if run.state["phase"] != "target":  # else it is over, and weights come with the checkpoint
+        averaged = train(run, "pretrain", args.pretrain_steps, model, pretraining, nothing, args)
+        model.load_state_dict(averaged.state_dict())
     model.requires_grad_(False)
     model.encoder.requires_grad_(True)
     model.heads["target"].requires_grad_(True)
@@ -242,8 +243,6 @@ def train(run, phase, steps, model, backward, evaluate, args):
         first = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    elif state["phase"] == "target":  # this phase is over; weights come with the checkpoint
-        first = steps
     bar = tqdm(range(first, steps), phase, initial=first, total=steps, disable=RANK > 0)
 
     def record(step):
