@@ -1,6 +1,6 @@
 """MAML over self-supervised tasks: pretext tasks in the inner loop, the desired one in the outer.
 
-    python maml_ssl.py                                  # drawn shapes: 90% in 2 minutes, 2 cores
+    python maml_ssl.py                                  # drawn shapes: 90% in 3 minutes, 2 cores
     python maml_ssl.py --dataset coloured_shapes        # where the inner loop is the reason
     python maml_ssl.py --dataset cifar10                # downloads CIFAR-10
     python maml_ssl.py --dataset FOLDER --labels-per-class 100
