@@ -1,6 +1,6 @@
 """Pretrain on one task, then fine-tune every weight on the desired task: the usual transfer.
 
-    python pretrain_finetune.py                         # drawn shapes: 82%, 25 s, 2 cores
+    python pretrain_finetune.py                         # drawn shapes: 82%
     python pretrain_finetune.py --dataset cifar10       # pretrained on CIFAR-100; downloads both
     python pretrain_finetune.py --pretrain-steps 0      # from scratch
     python pretrain_finetune.py --pretrain rotation contrastive --pretext-images both
