@@ -106,13 +106,12 @@ BEST = {"maml": 6, "colorization": 3, "first-order": 0, "random-labels": 4, "joi
 BEST |= {"scratch": 6, "fine-tuned": 5, "probed": 5}
 CHOSEN = {name: TRIALS[name][1][number] for name, number in BEST.items()}
 SETTINGS = {name: f"{arm} {SHAPES} {CHOSEN[name]}" for name, (arm, _) in TRIALS.items()}
-# Where does the gain end? Other sizes of support, K = 3, and folders (`write_environments`) where
+# Where does the gain end? Other sizes of support, other K, and folders (`write_environments`) where
 # colour agrees in other shares, or with gray photographs, tinted, in place of shapes.
 FOLDER = "--image-size 16 --width 8 --batch-size 128 --dataset data/coloured"
 OTHERS = {"90-10-80": (0.9, 0.1, 0.8), "80-40-90": (0.8, 0.4, 0.9), "photographs": (0.8, 0.1, 0.9)}
-WHERE = {"support-8": f"{SETTINGS['maml']} --support-batch-size 8"}
-WHERE["steps-3"] = f"{SETTINGS['maml']} --inner-steps 3"
-WHERE["support-128"] = f"{SETTINGS['maml']} --support-batch-size 128"
+WHERE = {f"support-{n}": f"{SETTINGS['maml']} --support-batch-size {n}" for n in (8, 128, 256)}
+WHERE |= {f"steps-{k}": f"{SETTINGS['maml']} --inner-steps {k}" for k in (3, 5)}
 adapting, plain = (f"{TRIALS[arm][0]} {CHOSEN[arm]}" for arm in ("maml", "scratch"))
 for other in ("90-10-80", "80-40-90"):
     WHERE[f"maml-{other}"] = f"{adapting} --inner joint {FOLDER}-{other} --steps 1000"
