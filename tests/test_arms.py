@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import difflib
 import json
 import os
 import re
@@ -71,38 +70,19 @@ def history(arm, out, *flags):
 BLOCK = re.compile(r"^# --- ([^\n]*: [^\n]*) ---\n(.*?)(?=^# --- )", re.S | re.M)  # to the next
 
 
-def differences(texts):
-    """A diff of every block that is not the same in all files that have it."""
-    diffs, master = [], {}
-    for file, text in texts.items():
-        for title, body in BLOCK.findall(text):
-            first, old = master.setdefault(title, (f"{file}: {title}", body))
-            lines = old.splitlines(), body.splitlines()
-            diffs += difflib.unified_diff(*lines, first, f"{file}: {title}", lineterm="")
-    return "\n".join(diffs)
-
-
-def test_blocks_are_the_same_in_every_file_and_one_changed_byte_is_noticed():
-    texts = {f"{arm}.py": (ROOT / f"{arm}.py").read_text() for arm in ARMS}
-    shared = {f"shared: {name}" for name in ("network", "training", "arguments")}
-    assert not differences(texts), differences(texts)
-    for file, text in texts.items():
-        others = {title for title, _ in BLOCK.findall(text)} ^ shared
-        assert len(others) == (file != "maml_ssl.py") and all("pretraining" in x for x in others)
-    for title, body in BLOCK.findall(texts["linear_probe.py"]):
-        changed = texts["linear_probe.py"].replace(body, body.replace("e", "a", 1))
-        assert f"linear_probe.py: {title}" in differences(texts | {"linear_probe.py": changed})
-
-
-def test_arms_import_nothing_of_the_project_but_pretext():
-    modules = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
+def test_blocks_are_the_same_in_every_file():
+    blocks, shared = {}, {f"shared: {name}" for name in ("network", "training", "arguments")}
     for arm in ARMS:
-        imported = re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{arm}.py").read_text(), re.M)
-        assert modules & {*imported} == {"pretext"}, arm
+        found = dict(BLOCK.findall((ROOT / f"{arm}.py").read_text()))
+        pretraining = {"the pretraining arms: pretraining"} if arm != "maml_ssl" else set()
+        assert {*found} == shared | pretraining
+        for title, body in found.items():
+            assert len(body) > 999 and body == blocks.setdefault(title, body), f"{arm}.py: {title}"
 
 
-def test_inner_lr_zero_and_weight_zero_writes_the_log_of_training_from_scratch(tmp_path):
-    flags = "--steps 4 --eval-every 2 --labels-per-class 9 --lr .001".split()
+@pytest.mark.parametrize("dataset", ["shapes", "coloured_shapes"])
+def test_inner_lr_zero_and_weight_zero_is_training_from_scratch_to_the_bit(tmp_path, dataset):
+    flags = f"--dataset {dataset} --steps 4 --eval-every 2 --labels-per-class 9 --lr .001".split()
     maml, state, _ = run("maml_ssl", tmp_path, *flags, "--inner-lr", 0, "--pretext-weight", 0)
     scratch, twin, _ = run("pretrain_finetune", tmp_path / "b", *flags, "--pretrain-steps", "0")
     for row in maml + scratch:
@@ -142,16 +122,6 @@ def test_the_probe_leaves_the_encoder_as_pretraining_left_it(tmp_path, pretrain)
         for name, x in pretrained.items():
             kept = step == 0 or not name.startswith("heads.target")
             assert torch.equal(weights[name], x) == torch.equal(averaged[name], x) == kept, name
-
-
-def test_the_probe_notices_an_encoder_that_moved(tmp_path, monkeypatch):
-    def meddle(data, head, args, model, step, real=linear_probe.labelled_backward):
-        next(model.encoder.parameters()).data += 1e-6 * (head == "target")
-        return real(data, head, args, model, step)
-
-    monkeypatch.setattr(linear_probe, "labelled_backward", meddle)
-    with pytest.raises(AssertionError, match="encoder"):
-        run("linear_probe", tmp_path, "--steps", 4)
 
 
 def test_fine_tuning_starts_from_the_average_with_all_else_afresh(tmp_path, monkeypatch):
@@ -218,9 +188,8 @@ def test_the_log_has_the_agreed_columns_and_counts_what_was_used(tmp_path):
     assert 0 == float(rows[0]["seconds"]) < float(rows[1]["seconds"]) < float(rows[2]["seconds"])
     assert [r["train_loss"] == "" for r in rows] == [True, False, False]
     assert all(float(r["pretext_loss_adapted"]) < float(r["pretext_loss"]) for r in rows)
-    assert (
-        config.items() >= {"arm": "maml_ssl", "inner_steps": 2, "torch": torch.__version__}.items()
-    )
+    told = {"arm": "maml_ssl", "inner_steps": 2, "torch": torch.__version__}
+    assert config.items() >= told.items()
 
 
 def test_flops_are_three_forward_passes_less_the_first_input_s_gradient(tmp_path):

@@ -1,6 +1,5 @@
 """Images, labels and environments: folders, downloads, label budgets, batches, support."""
 
-import hashlib
 import os
 import pickle
 import sys
@@ -188,14 +187,7 @@ def test_a_label_budget_holds_exactly_and_in_equal_parts(environments, eval_on, 
         assert len({*scored}) == 3 * held // environments and max(scored) < 120
         assert not {*kept} & {*scored} and found.test_labels.tolist() == [i % 3 for i in scored]
     assert {*kept} != {*numbers(pretext.limit_labels(data, 20, eval_on, 1).images)}
-
-
-def test_without_a_budget_every_label_is_used_once_and_too_large_a_one_is_refused():
-    data = numbered([0] * 60)
-    assert sorted(numbers(pretext.limit_labels(data, None, "test", 0).images)) == [*range(60)]
-    for budget, eval_on in ((21, "test"), (1, "val"), (0, "test"), (-1, "test")):
-        with pytest.raises(ValueError, match=f"-class {budget}, .*{eval_on}: take . to 20"):
-            pretext.limit_labels(data, budget, eval_on, 0)
+    assert {*range(120)} == {*numbers(pretext.limit_labels(data, None, "test", 0).images)}
 
 
 def test_the_checksum_changes_with_one_pixel_label_or_environment():
@@ -239,28 +231,13 @@ def test_batches_are_equal_parts_of_shuffled_epochs_of_each_environment(environm
         assert all(sorted(epoch) == members for epoch in epochs) and epochs[0] != epochs[1]
 
 
-def test_with_one_environment_everything_is_drawn_as_before_there_were_several():
-    images = (torch.arange(60 * 3 * 16 * 16) * 7919 % 251).byte().view(60, 3, 16, 16)
-    data = numbered([0] * 60)._replace(images=images)
-    batch, _, index = pretext.labelled_batch(data, 7, 8, 0)
-    assert index.tolist() == [10, 44, 49, 9, 48, 58, 33, 19]
-    content = (batch * 255).round().byte().numpy().tobytes()
-    assert hashlib.sha256(content).hexdigest().startswith("4ea5a2f9c198191d")
-    found = pretext.limit_labels(data, 10, "val", 0)
-    assert torch.equal(found.test_images, images[[15, 3, 10, 55, 59, 53]])
-    assert torch.equal(found.images[:8], images[[27, 12, 33, 39, 57, 0, 9, 21]])
-
-
 @pytest.mark.parametrize("dataset", ["shapes", "coloured_shapes"])
-def test_arms_see_the_same_batches_and_support_is_of_other_images(monkeypatch, dataset):
+def test_arms_see_the_same_batches(monkeypatch, dataset):
     batch = pretext.labelled_batch
-    seen, support = Mock(wraps=batch), Mock(wraps=pretext.batches)
-    monkeypatch.setattr(pretext, "labelled_batch", seen)
-    monkeypatch.setattr(pretext, "batches", support)
+    monkeypatch.setattr(pretext, "labelled_batch", seen := Mock(wraps=batch))
     flags = f"--dataset {dataset} --width 4 --batch-size 8 --labels-per-class 10 --eval-on val"
-    maml = "--steps 2 --inner per-task --pretext rotation contrastive"
     for arm in maml_ssl, pretrain_finetune, linear_probe:
-        own = maml if arm is maml_ssl else "--steps 4 --pretrain-steps 2"
+        own = "--steps 2 --pretext rotation" if arm is maml_ssl else "--steps 4 --pretrain-steps 2"
         monkeypatch.setattr(sys, "argv", [arm.__name__, *flags.split(), *own.split()])
         arm.main()
     calls = [call.args for call in seen.mock_calls]
@@ -268,13 +245,6 @@ def test_arms_see_the_same_batches_and_support_is_of_other_images(monkeypatch, d
     assert len(queries) == 6 and not torch.equal(queries[0][0], queries[1][0])
     for i, query in enumerate(queries):
         assert all(torch.equal(x, y) for x, y in zip(query, queries[i % 2], strict=True))
-    home, made = calls[0][0].environments, [call.args for call in support.mock_calls]
-    for step in 0, 1:
-        found = [args[5] for args in made if args[2][:7] == "pretext" and args[3] == step]
-        others = torch.ones(len(home), dtype=torch.bool).index_fill(0, queries[step][2], False)
-        expected = [(home == e) & others for e in home.unique() for _ in range(2)]
-        assert torch.equal(torch.stack(found), torch.stack(expected))
-        assert all(found[-1][pretext.draw(found[-1], 3, pretext.rng(0, ""))].tolist())
 
 
 @pytest.mark.parametrize("test", [[0] * 9 + [1] * 8 + [2] * 7, [1] * 9 + [2] * 8, [0] * 9])
@@ -283,7 +253,7 @@ def test_evaluation_adapts_to_images_of_the_scored_environment_that_none_scores(
     data, home = pretext.limit_labels(numbered(train, test), None, "test", 0), [*train, *test]
     scored, done = numbers(data.test_images), []
     for part, images, mask, *_ in pretext.adaptations(data, False, 4):
-        aside = numbers(images[mask])
+        aside = numbers(images[pretext.draw(mask, len(mask), pretext.rng(0, ""))])
         assert aside and not {*aside} & {*scored}
         assert len({home[i] for i in aside} | {home[scored[k]] for k in part}) == 1
         done += part.tolist()

@@ -1,8 +1,9 @@
-"""Stopped, killed, without disk space or with damaged files: a run ends as if undisturbed."""
+"""Stopped, killed, out of disk space, with damaged files: it ends as if undisturbed; bad input."""
 
 import contextlib
 import csv
 import functools
+import importlib
 import io
 import os
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import pretext
 
@@ -35,8 +37,9 @@ Bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("exploded",))}) 
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """100 drawn images and 50 to test, on one thread."""
+def small(monkeypatch, tmp_path):
+    """A folder of its own, 100 drawn images and 50 to test, one thread."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretext, "draw_shapes", lambda n, *which: DRAW(n // 20, *which))
     torch.set_num_threads(1)
 
@@ -45,11 +48,11 @@ def words(arm, out, *more):
     return [*SHORT, *ARMS[arm], "--out", str(out), "--name", "x", *map(str, more)]
 
 
-def start(arm, out, *more):
-    """Runs an arm here as from the command line, in OUT/x/seed0; -> exit code, lines of error."""
+def launch(arm, *flags):
+    """Runs an arm here as from the command line; -> exit code, lines of error."""
     error, code = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
-        patch.setattr(sys, "argv", [f"{arm}.py", *words(arm, out, *more)])
+        patch.setattr(sys, "argv", [f"{arm}.py", *flags])
         try:
             runpy.run_path(str(ROOT / f"{arm}.py"), run_name="__main__")
         except (SystemExit, Cut) as stop:
@@ -57,9 +60,13 @@ def start(arm, out, *more):
     return code, re.findall(rf"{arm}\.py: [^\r\n]*", error.getvalue())  # no bars of progress
 
 
-def refused(expected, *command):
+def start(arm, out, *more):
+    return launch(arm, *words(arm, out, *more))  # in OUT/x/seed0
+
+
+def refused(expected, *command, run=start):
     """Asserts that an arm ends with code 2 and one line with these words; -> the line."""
-    code, said = start(*command)
+    code, said = run(*command)
     assert (code, len(said)) == (2, 1) and all(word in said[0] for word in expected), (code, said)
     return said[0]
 
@@ -85,19 +92,13 @@ def files(out):
     return {path: path.read_bytes() for path in out.glob("x/seed0/*")}
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def assert_nothing_lost(out, arm, *more):
     """The run in `out` goes on when its command is given again, and ends as the undisturbed one."""
     assert start(arm, out, *more) == (0, [])
     whole = undisturbed(arm, *more)
     assert rows(out) == rows(whole) and len(rows(out)) >= 3
     ends = [[checkpoint(x)[k] for k in ("model", "averaged", "optimizer")] for x in (out, whole)]
-    assert all(map(same, *ends))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def fail(error):
@@ -190,8 +191,7 @@ def test_eval_every_changes_no_row_but_for_the_mean_in_train_loss(arm, tmp_path)
 
 
 @pytest.mark.parametrize("bad", ["bomb", "bomb inside", "model", "text", 0, 99, -99])
-def test_what_is_no_checkpoint_is_refused_and_runs_nothing(bad, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_checkpoint_is_refused_and_runs_nothing(bad, tmp_path):
     half("maml_ssl", tmp_path)
     path, state = tmp_path / "x/seed0/checkpoint.pt", checkpoint(tmp_path)
     other = {"bomb": Bomb(), "bomb inside": {**state, "optimizer": Bomb()}, "model": state["model"]}
@@ -257,3 +257,105 @@ def test_after_ctrl_c_or_kill_9_of_a_real_process_it_goes_on(arm, number, times,
         reached.append(checkpoint(tmp_path)["total_step"])
     assert reached == sorted(reached) and len({*reached}) > times / 2 and reached[-1] < 200
     assert_nothing_lost(tmp_path, arm, *MANY)
+
+
+# --- bad input: one line that names the value or the remedy, exit code 2, nothing written ---
+SMALL = "--steps 2 --width 4 --batch-size 8".split()
+ANY = """
+--dataset cifar11 : cifar11 : folder : coloured_shapes
+--device meta : --device : 'meta' : 'cpu'
+--lr -1 : learning rate : -1.0
+--steps 0 : --steps : 1 up
+--image-size 12 : --image-size : 8
+--labels-per-class 11 : --labels-per-class 11 : 10
+--labels-per-class 1 --eval-on val : --labels-per-class 1 : val
+"""
+MAML = """
+--first-order --pretext-weight 0 : --first-order : --pretext-weight 0
+--image-size 40 --pretext relative_position : relative_position : 40 : --image-size 64
+--inner-steps -1 : --inner-steps
+--inner-lr -1 : --inner-lr
+--support-batch-size 0 : --support-batch-size
+"""
+PRETRAINING = """
+--pretrain supervised rotation : supervised rotation
+--pretrain rotatoin : --pretrain : 'rotatoin' : 'rotation' : 'supervised'
+--pretrain-steps 3 : --pretrain-steps 3 : 2
+--source nowhere : nowhere : folder
+"""
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_bad_commands_are_refused_in_one_line_and_write_nothing(arm):
+    for row in ANY.splitlines()[1:] + (MAML if arm == "maml_ssl" else PRETRAINING).splitlines()[1:]:
+        flags, *said = row.split(" : ")
+        refused(said, arm, *SMALL, *flags.split(), run=launch)
+    assert not [*Path().iterdir()]
+
+
+def folder(name, count=3):
+    for part in ("train/a", "train/b", "test/a", "test/b"):
+        Path(name, part).mkdir(parents=True)
+        for k in range(count):
+            Image.new("RGB", (40, 30), (9 * k, 80, 90)).save(f"{name}/{part}/{k}.png")
+    return name
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_folders_that_do_not_fit_are_refused(arm):
+    Path(folder("no-train"), "train").rename("elsewhere")
+    Path(folder("odd"), "train/b").rename("odd/train/strange")
+    Path(folder("empty"), "train/nothing").mkdir()
+    Path(folder("text"), "train/a/note.txt").write_text("no image")
+    said = {"no-train": "train", "odd": "strange", "empty": "nothing", "text": "note.txt"}
+    said |= {folder("none", 0): "no valid file"}
+    before = {*Path().rglob("*")}
+    for name, word in said.items():
+        refused([word], arm, *SMALL, "--dataset", name, "--source", "shapes", run=launch)
+    assert {*Path().rglob("*")} == before
+
+
+def test_batches_that_leave_a_task_no_image_and_folders_without_a_needed_source():
+    for size in "3", "100":  # fewer than the tasks, all there are
+        refused(["--batch-size"], "maml_ssl", *SMALL, "--batch-size", size, run=launch)
+    few = [*SMALL, "--batch-size", "2", "--dataset", folder("f")]
+    both = ["--pretext-images", "both"]
+    for arm in FINETUNE, "linear_probe":
+        for flags in [], ["--pretrain", "rotation", *both]:
+            refused(["--source"], arm, *few, *flags, run=launch)
+        for flags in ["--pretrain-steps", "0"], ["--pretrain", "rotation"]:
+            assert launch(arm, *few, *flags) == (0, [])
+    refused(["--source"], "maml_ssl", *few, *both, run=launch)
+    assert launch("maml_ssl", *few, "--pretext", "rotation") == (0, [])
+
+
+WORDS = "0 -1 64 1e30 -1e30 1e-30 nan inf -nan ² - -- 0.5 . .. / cifar10 rotation none supervised"
+WORDS += " meta \N{CAT FACE} %s {} 0x1f 1_0 --lr=1 @file " + "9" * 30 + " " + "x" * 5000
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_thousand_random_commands_are_accepted_or_refused_in_one_line(arm, capsys, monkeypatch):
+    choose, accepted, module = random.Random(arm), 0, importlib.import_module(arm)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(module, "parse", lambda parser, **_: sys.exit(parser))
+        module.parse_args()
+    actions = [action for action in stop.value.code._actions if action.dest != "help"]
+    for _ in range(1000):
+        words = []
+        for action in choose.choices(actions, k=choose.randint(0, 6)):
+            fine = ["cpu"] if action.dest == "device" else [*(action.choices or ("1", "8", "0.5"))]
+            count = int(action.nargs != 0) + (choose.random() < 0.05)
+            pool = fine if choose.random() < 0.9 else ["", "\n", "a b", *WORDS.split()]
+            words += [action.option_strings[0], *choose.choices(pool, k=count)]
+        monkeypatch.setattr(sys, "argv", [arm, *words])
+        try:
+            args = module.parse_args()
+        except SystemExit as stop:
+            out, error = capsys.readouterr()
+            assert (stop.code, out, len(error.splitlines())) == (2, "", 1), (words, error)
+            continue
+        accepted += 1
+        assert min(args.steps, args.batch_size, args.width, args.image_size) > 0, words
+        assert "--name" in words or ("/" not in args.name and 0 < len(args.name) <= 120)
+        assert arm == "maml_ssl" or 0 <= args.pretrain_steps <= args.steps, words
+    assert 100 < accepted < 900 and not "".join(capsys.readouterr()), accepted

@@ -52,29 +52,16 @@ def encoder(width):
 @pytest.mark.parametrize("name", pretext.TASKS)
 @pytest.mark.parametrize("side", [32, 64])
 def test_inputs_are_images_and_outputs_fit_targets(tasks, drawn, name, side):
-    images = F.interpolate(drawn[:6] / 255, side)
+    images, state = F.interpolate(drawn[:6] / 255, side), torch.get_rng_state()
     inputs, targets = batch(tasks[name], images)
+    assert all(map(torch.equal, batch(tasks[name], images), (inputs, targets)))  # the same seed
+    assert torch.equal(torch.get_rng_state(), state)
     patch = side // 4 if name == "relative_position" else side
     rows = 12 if name in ("relative_position", "contrastive") else 6
     assert inputs.shape == (rows, 3, patch, patch) and inputs.dtype == torch.float32
     assert inputs.min() >= 0 and inputs.max() <= 1
     loss = tasks[name].loss(tasks[name].make_head(8)(encoder(8)(inputs)), targets)
     assert loss.shape == () and loss.isfinite() and loss > 0
-
-
-@pytest.mark.parametrize("name", pretext.TASKS)
-def test_same_generator_same_batch_and_global_state_untouched(tasks, drawn, name):
-    images, state = drawn[:16] / 255, torch.get_rng_state()
-    first, again = (batch(tasks[name], images, seed) for seed in (3, 3))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("name", ["rotation", "relative_position", "masked_autoencoding"])
-def test_copies_of_one_image_get_parameters_of_their_own(tasks, drawn, name):
-    inputs, _ = batch(tasks[name], drawn[:1].expand(32, 3, 32, 32) / 255)
-    different = 4 if name == "rotation" else len(inputs)
-    assert len(inputs.flatten(1).unique(dim=0)) == different
 
 
 @pytest.mark.parametrize("name", pretext.TASKS)
@@ -258,6 +245,7 @@ def test_three_quarters_of_the_patches_are_masked_and_nothing_of_them_is_shown(t
     inputs, targets = batch(task, images)
     mask = patches_of(targets[:, 3:]).flatten(3)
     assert (mask.amin(3) == mask.amax(3)).all() and (mask[..., 0].sum((1, 2)) == 48).all()
+    assert len(mask[..., 0].flatten(1).unique(dim=0)) == len(images)  # each has its own
     masked = (targets[:, 3:] > 0).expand_as(images)
     other = torch.where(masked, torch.rand(images.shape, generator=generator()), images)
     assert torch.equal(batch(task, other)[0], inputs)
@@ -363,12 +351,10 @@ def test_labels_belong_to_dataset_indices_and_stay_when_images_are_appended(draw
     assert many.labels.unique().tolist() == list(range(10))
 
 
-# --- images that a task can't use ---
 @pytest.mark.parametrize("name, side, message", [
     ("colorization", 30, "8 divides, not 30: use --image-size 32"),
     ("colorization", 32, "colour.*gray: leave it out"),
     ("masked_autoencoding", 8, "use --image-size 16"),  # patches of one pixel
-    ("relative_position", 40, "32 divides, not 40: use --image-size 64"),
 ])  # fmt: skip
 def test_gray_images_and_sizes_that_cannot_work_are_refused_with_a_remedy(name, side, message):
     with pytest.raises(ValueError, match=f"^{name} needs .*{message}"):
