@@ -12,6 +12,7 @@ are folders of images in data/.
 import argparse
 import csv
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -397,11 +398,15 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
 
 
 def gather(name: str, out: Path) -> None:
-    """The rows of a protocol's logs -> results/NAME.csv, and what is measured after training."""
+    """The logs of a protocol's finished runs -> results/NAME.csv; what is measured afterwards."""
     rows = []
     for log in sorted((out / name).glob("*/seed*/metrics.csv")):
         run, seed = log.parts[-3], log.parts[-2].removeprefix("seed")
-        rows += [[run, seed, *line.split(",")] for line in log.read_text().splitlines()[1:]]
+        lines = [line.split(",") for line in log.read_text().splitlines()[1:]]
+        if int(lines[-1][2]) < json.loads(log.with_name("config.json").read_text())["steps"]:
+            print(f"{log.parent} is not finished and left out")
+            continue
+        rows += [[run, seed, *cells] for cells in lines]
     write(f"{name}.csv", ["run", "seed", *maml_ssl.COLUMNS], rows)
     if name in ("environments", "tinted"):
         head = ["run", "seed", "support", "inner_lr", "inner_steps", "80%", "10%", "90% (new)"]
