@@ -17,6 +17,7 @@ import maml_ssl
 import pretext
 import pretrain_finetune
 
+Attack = type("Attack", (), {"__reduce__": lambda self: (os.mkdir, ("attacked",))})
 DRAW, COLOURED = pretext.draw_shapes, pretext.draw_coloured_shapes
 PLAIN = "train/a/1.png train/b/2.png test/a/3.png test/b/4.png"
 
@@ -106,11 +107,6 @@ def test_folders_below_the_classes_are_environments_training_s_first(tmp_path):
         assert torch.equal(data.images, pixels(2, 1, 3)) and data.labels.tolist() == [0, 0, 1]
         assert data.environments.tolist() == [0, 1, 0]  # x, y
         assert data.test_environments.tolist() == [1, 2]  # y, w
-
-
-class Attack:
-    def __reduce__(self):
-        return os.mkdir, ("attacked",)
 
 
 def test_files_are_decoded_once_until_one_changes_or_the_copy_is_damaged(tmp_path, monkeypatch):
@@ -231,6 +227,14 @@ def test_batches_are_equal_parts_of_shuffled_epochs_of_each_environment(environm
         assert all(sorted(epoch) == members for epoch in epochs) and epochs[0] != epochs[1]
 
 
+def test_with_one_environment_draws_are_those_before_there_were_several():
+    *_, index = pretext.labelled_batch(data := numbered([0] * 60), 7, 8, 0)
+    assert index.tolist() == [10, 44, 49, 9, 48, 58, 33, 19]
+    found = pretext.limit_labels(data, 10, "val", 0)
+    assert numbers(found.test_images) == [15, 3, 10, 55, 59, 53]
+    assert numbers(found.images[:8]) == [27, 12, 33, 39, 57, 0, 9, 21]
+
+
 @pytest.mark.parametrize("dataset", ["shapes", "coloured_shapes"])
 def test_arms_see_the_same_batches(monkeypatch, dataset):
     batch = pretext.labelled_batch
@@ -279,6 +283,10 @@ def test_shape_colour_and_label_agree_in_the_shares_written_and_three_are_tested
         assert wrong.mean() == pytest.approx(0.25, abs=4 * 0.0044)
         assert agrees.mean() == pytest.approx(share, abs=4 * 0.004)
         assert (wrong & agrees).mean() == pytest.approx(0.25 * share, abs=4 * 0.004)  # independent
+    one_image = 2 * shape + colour  # what a rule can see; the best answers each cell's majority
+    for cells, most in (one_image, 0.75), (one_image + 4 * np.arange(3)[:, None], 0.867):
+        best = sum(np.bincount(label[cells == cell]).max() for cell in np.unique(cells))
+        assert best / label.size == pytest.approx(most, abs=0.01)
 
 
 def test_pictures_have_the_colours_shapes_and_labels_that_they_say():
