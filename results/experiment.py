@@ -40,22 +40,22 @@ import pretext  # noqa: E402
 # 100 to 102 (protocol shares); all are reported.
 
 
-def photographs(labels: int = 500, steps: int = 2000) -> dict[str, str]:
+def cifar(labels: int = 500, steps: int = 2000) -> dict[str, str]:
     """-> the arms' commands with that many labels per class and steps, pretraining included."""
-    cifar = "--dataset data/cifar10 --source data/tiny-imagenet-32"
-    cifar += f" --labels-per-class {labels} --steps {steps}"
+    flags = "--dataset data/cifar10 --source data/tiny-imagenet-32"
+    flags += f" --labels-per-class {labels} --steps {steps}"
     return {
-        f"{name}-{share}": f"{arm} {cifar} --pretrain-steps {steps * share // 100}"
+        f"{name}-{share}": f"{arm} {flags} --pretrain-steps {steps * share // 100}"
         for name, arm in (("fine-tuned", "pretrain_finetune.py"), ("probed", "linear_probe.py"))
         for share in (25, 50, 75)
     } | {
-        "scratch": f"pretrain_finetune.py --pretrain-steps 0 {cifar}",
-        "maml": f"maml_ssl.py {cifar}",
-        "joint": f"maml_ssl.py --inner-lr 0 --lr .001 --pretext-weight .03 {cifar}",
+        "scratch": f"pretrain_finetune.py --pretrain-steps 0 {flags}",
+        "maml": f"maml_ssl.py {flags}",
+        "joint": f"maml_ssl.py --inner-lr 0 --lr .001 --pretext-weight .03 {flags}",
     }
 
 
-PHOTOS = photographs()
+PHOTOS = cifar()
 SELF_SUPERVISED = "--pretrain rotation colorization masked_autoencoding contrastive"
 CONTROLS = {
     "first-order": f"{PHOTOS['maml']} --first-order",
@@ -147,9 +147,9 @@ TUNE = {
 PROTOCOLS = {
     "photos": (range(5), PHOTOS | CONTROLS),
     # other label budgets and a longer horizon, with the settings chosen for 500 and 2,000
-    "labels-100": (range(3), photographs(labels=100)),
-    "labels-5000": (range(3), photographs(labels=5000)),
-    "steps-10000": (range(3), photographs(steps=10000)),
+    "labels-100": (range(3), cifar(labels=100)),
+    "labels-5000": (range(3), cifar(labels=5000)),
+    "steps-10000": (range(3), cifar(steps=10000)),
     "moving-tune": (
         range(100, 101),
         {n: f"{c} --steps 600 --eval-on val" for n, c in MOVING.items()},
