@@ -110,18 +110,19 @@ def main():
     together = args.inner == "joint" or not args.inner_steps
     groups = [tasks] if together else [{name: task} for name, task in tasks.items()]
     inner = {"lr": args.inner_lr, "steps": args.inner_steps}
-    way = {"first_order": args.first_order, "flat_memory": args.flat_memory}
+    how = {"first_order": args.first_order, "flat_memory": args.flat_memory}
     transductive = args.support == "query"
 
     def backward(model, step):
         """Adds the outer gradient to every p.grad; -> classification loss, images, labels used."""
         images, labels, index = pretext.labelled_batch(data, step, args.batch_size, args.seed)
-        # [B, 3, H, H], [B], [B]; a share of the B for each inner loop
-        environments = data.environments[index] * bool(tasks)  # no tasks: one share, no loop
+        # [B, 3, H, H], [B], [B]; each inner loop gets a share of the B, without tasks one gets all
+        environments = data.environments[index] if tasks else torch.zeros_like(index)
         loops, total, seen, labelled = inner_loops(groups, environments), 0.0, 0, 0
         for group, environment, share in loops[RANK::RANKS]:  # one graph is alive at a time
-            support = images[share], index[share]
-            if not transductive:  # other images of the same environment
+            if transductive:
+                support = images[share], index[share]
+            else:  # other images of the same environment
                 others = (pool_environments == environment).index_fill(0, index, False)
                 support = pool, others, args.support_batch_size, data.flip
                 if step == 0 and group and others.sum() < args.support_batch_size:
@@ -129,7 +130,7 @@ def main():
             purpose = f"pretext{environment or ''}"
             batches = pretext.batches(group, args.seed, purpose, step, *support)
             query = images[share], labels[share]
-            loss, before = outer_loss(model, group, batches, *query, **inner, **way)
+            loss, before = outer_loss(model, group, batches, *query, **inner, **how)
             loss = len(share) / len(index) * loss
             (loss + args.pretext_weight * before / len(loops)).backward()
             total, labelled = total + loss.item(), labelled + len(share)
@@ -353,7 +354,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
 
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
-ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
+ELSEWHERE |= {"torch", "torchvision"}  # may change, and it is still the same run
 SPECIAL = {"shapes": {"steps": 300}}  # other defaults than the usual ones
 SPECIAL["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
 
@@ -383,7 +384,7 @@ def common_arguments():
     add("--eval-every", type=int, help="steps; None: a tenth of all")
     add("--batch-size", type=int, default=64, help="labelled images a step")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    add("--warmup-steps", type=int, default=50, help="of lr, at the start of a phase")
+    add("--warmup-steps", type=int, default=50, help="lr rises over these, in each phase")
     add("--ema", type=float, default=0.98, help="decay of the averaged weights; 0: no average")
     add("--backbone", choices=("conv", "resnet18"), default="conv", help="of the encoder")
     add("--width", type=int, default=16, help="channels of conv's first block")

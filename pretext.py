@@ -2,10 +2,19 @@
 
     python pretext.py [IMAGE ...] [--out pretext.png]    # draws what each task shows and asks
 
-A pretext task makes labels out of images alone. A new one is a class with the four methods of
-`PretextTask` and a line in TASKS. Whatever is drawn comes from a generator handed in, for each
-image of a batch by itself; once a task is made, nothing in it makes a GPU wait for the host.
-N: images of a batch, M: training images, H: their side in pixels.
+A pretext task makes labels out of images alone. A new one is a class and a line in TASKS. N:
+images of a batch, M: training images, H: their side in pixels, a multiple of 8. Its methods:
+
+    __init__(images)      training images, uint8 [M, 3, H, H]; ValueError: it can't use them
+    make_head(channels)   -> a new head: feature map [R, channels, H'/8, H'/8] -> outputs
+    make_batch(images, indices, generator)   images [N, 3, H, H] in [0, 1], their indices in the
+        training images [N] -> inputs [R, 3, H', H'] in [0, 1] and targets. R is N, or 2N: rows 2i
+        and 2i + 1 then come from image i
+    loss(outputs, targets)   -> the mean loss, a scalar, twice differentiable in the outputs
+
+Its `answers`, if there are any, name the classes in the figure. Whatever is drawn comes from the
+generator, on the images' device, for each image of a batch by itself; once a task is made, nothing
+in it makes a GPU wait for the host.
 """
 
 import argparse
@@ -15,7 +24,7 @@ import os
 import textwrap
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,34 +38,9 @@ from tqdm import tqdm
 
 
 # --- the pretext tasks ---
-class PretextTask(Protocol):
-    """What the arms call. `answers` serves the figure and may be missing."""
-
-    def __init__(self, images: Tensor):
-        """Learns about the training images, uint8 [M, 3, H, H]; ValueError: it can't use them."""
-
-    def make_head(self, channels: int) -> nn.Module:
-        """A new head, from the encoder's feature map [R, channels, h, w] to outputs."""
-
-    def make_batch(self, images: Tensor, indices: Tensor, generator: Generator):
-        """Images [N, 3, H, H] in [0, 1], their dataset indices [N], a generator on their device
-        -> inputs [R, 3, H', H'] in [0, 1] and targets. R is N, or 2N for tasks that show two
-        pictures of each image: rows 2i and 2i + 1 then come from image i."""
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss: a scalar, twice differentiable in the outputs."""
-
-
 def is_gray(images: Tensor) -> bool:
     """Whether the three channels of uint8 images [M, 3, H, W] are equal everywhere."""
     return bool((images[:, :1] == images[:, 1:]).all())
-
-
-def require_multiple(images: Tensor, divisor: int, task: str) -> None:
-    """Raises ValueError unless `divisor` divides the side of images [M, 3, H, H]."""
-    if (side := images.shape[-1]) % divisor:
-        remedy = f"use --image-size {math.ceil(side / divisor) * divisor}"
-        raise ValueError(f"{task} needs an image size that {divisor} divides, not {side}: {remedy}")
 
 
 def draws(count: int, images: Tensor, generator: Generator) -> Tensor:
@@ -112,14 +96,13 @@ class Colorization:
     the points of a grid of step 10 in the ab plane of CIE Lab that are nearest to some sRGB colour,
     Q = 261 (the paper lists 313). Targets are the 5 nearest bins, softly, with classes rebalanced.
     Deviations: a place has the mean colour of its 4 x 4 pixels, and the prior is that of at most
-    2,000 training images. ValueError for gray images, and unless 8 divides H.
+    2,000 training images. ValueError for gray images.
     """
 
     sigma = 5.0  # of the soft encoding and of the prior's smoothing, in units of ab
     uniform = 0.5  # lambda: the share of the uniform distribution that the prior is mixed with
 
     def __init__(self, images):
-        require_multiple(images, 8, "colorization")
         if is_gray(images):
             raise ValueError("colorization needs colour, but all images are gray: leave it out")
         axis = torch.linspace(0, 1, 86, device=images.device)
@@ -171,7 +154,8 @@ class RelativePosition:
     loss = staticmethod(F.cross_entropy)
 
     def __init__(self, images):
-        require_multiple(images, 32, "relative_position")
+        if images.shape[-1] % 32:
+            raise ValueError("relative_position needs patches of H/32 pixels: use --image-size 32")
 
     def make_head(self, channels):
         pair = (nn.Unflatten(0, (-1, 2)), nn.Flatten())  # [2N, C] -> [N, 2C]
@@ -202,11 +186,10 @@ class MaskedAutoencoding:
     48 of the 8 x 8 patches of side H/8 are masked. Their pixels are regressed, normalised by mean
     and (as in the authors' code, unbiased) variance of the patch. Deviations: a dense convolution
     can't skip patches, so the encoder sees mid-gray in their place; the decoder is one layer.
-    ValueError unless 8 divides H, and for H = 8: of one pixel normalising leaves nothing.
+    ValueError for H = 8: of one pixel normalising leaves nothing.
     """
 
     def __init__(self, images):
-        require_multiple(images, 8, "masked_autoencoding")
         if images.shape[-1] == 8:
             raise ValueError("masked_autoencoding needs more than 8 pixels: use --image-size 16")
 
@@ -459,18 +442,17 @@ def limit_labels(data: Data, labels_per_class: int | None, eval_on: str, seed: i
         kept.append(members[cut:budget])
     train, held = tuple(x[torch.cat(kept)] for x in data[:3]), torch.cat(held)
     test = tuple(x[held] for x in data[:3]) if val else data[3:6]
+    scored, unlabelled = torch.ones_like(test[1], dtype=torch.bool), []
     alone = not train[2].any() and not test[2].any()  # one environment
     images, _, home = train if alone else test
-    scored, unlabelled = torch.ones_like(test[1], dtype=torch.bool), []
     for environment in home.unique():
         members = (home == environment).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=rng(seed, "evaluation")).to(home.device)
-        if len(members) < 2 and not alone:
-            raise ValueError(f"environment {environment} has one test image; take at least two")
         chosen = members[order[: 256 if alone else min(256, len(members) // 2)]]
         mask = torch.zeros_like(home, dtype=torch.bool).index_fill(0, chosen, True)
         unlabelled.append((images, mask))
-        scored &= True if alone else ~mask
+        if not alone:
+            scored &= ~mask
     return Data(*train, *(x[scored] for x in test), data.flip, tuple(unlabelled))
 
 

@@ -288,7 +288,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
 
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
-ELSEWHERE |= {"torch", "torchvision"}  # none of these says what was run
+ELSEWHERE |= {"torch", "torchvision"}  # may change, and it is still the same run
 SPECIAL = {"shapes": {"steps": 300}}  # other defaults than the usual ones
 SPECIAL["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
 
@@ -318,7 +318,7 @@ def common_arguments():
     add("--eval-every", type=int, help="steps; None: a tenth of all")
     add("--batch-size", type=int, default=64, help="labelled images a step")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    add("--warmup-steps", type=int, default=50, help="of lr, at the start of a phase")
+    add("--warmup-steps", type=int, default=50, help="lr rises over these, in each phase")
     add("--ema", type=float, default=0.98, help="decay of the averaged weights; 0: no average")
     add("--backbone", choices=("conv", "resnet18"), default="conv", help="of the encoder")
     add("--width", type=int, default=16, help="channels of conv's first block")

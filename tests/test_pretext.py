@@ -352,7 +352,7 @@ def test_labels_belong_to_dataset_indices_and_stay_when_images_are_appended(draw
 
 
 @pytest.mark.parametrize("name, side, message", [
-    ("colorization", 30, "8 divides, not 30: use --image-size 32"),
+    ("relative_position", 24, "use --image-size 32"),
     ("colorization", 32, "colour.*gray: leave it out"),
     ("masked_autoencoding", 8, "use --image-size 16"),  # patches of one pixel
 ])  # fmt: skip
