@@ -38,24 +38,27 @@ import pretext  # noqa: E402
 # CIFAR-10, with the arms' own defaults where none is given. Pretraining takes a quarter, a half or
 # three quarters of the steps; the headline takes the share that validation prefers over the seeds
 # 100 to 102 (protocol shares); all are reported.
+SHARES = (25, 50, 75)
 
 
 def cifar(labels: int = 500, steps: int = 2000) -> dict[str, str]:
     """-> the arms' commands with that many labels per class and steps, pretraining included."""
     flags = "--dataset data/cifar10 --source data/tiny-imagenet-32"
     flags += f" --labels-per-class {labels} --steps {steps}"
-    return {
-        f"{name}-{share}": f"{arm} {flags} --pretrain-steps {steps * share // 100}"
-        for name, arm in (("fine-tuned", "pretrain_finetune.py"), ("probed", "linear_probe.py"))
-        for share in (25, 50, 75)
-    } | {
+    commands = {
         "scratch": f"pretrain_finetune.py --pretrain-steps 0 {flags}",
         "maml": f"maml_ssl.py {flags}",
         "joint": f"maml_ssl.py --inner-lr 0 --lr .001 --pretext-weight .03 {flags}",
     }
+    for share in SHARES:
+        flag = f"--pretrain-steps {steps * share // 100}"
+        commands[f"fine-tuned-{share}"] = f"pretrain_finetune.py {flags} {flag}"
+        commands[f"probed-{share}"] = f"linear_probe.py {flags} {flag}"
+    return commands
 
 
 PHOTOS = cifar()
+PRETRAINED = [f"{arm}-{share}" for arm in ("fine-tuned", "probed") for share in SHARES]
 SELF_SUPERVISED = "--pretrain rotation colorization masked_autoencoding contrastive"
 CONTROLS = {
     "first-order": f"{PHOTOS['maml']} --first-order",
@@ -64,104 +67,79 @@ CONTROLS = {
     "no-inner-loop": f"{PHOTOS['maml']} --inner-lr 0",
     "maml-both": f"{PHOTOS['maml']} --pretext-images both",
 }
+TRIAL = "--steps 600 --eval-on val"
 # An inner loop that moves: of these the one with the best validation accuracy among those whose
-# inner step lowers the pretext loss at the evaluation by a tenth or more (600 steps, seed 100)
-MOVING = {f"alpha-{alpha}": f"{PHOTOS['maml']} --inner-lr {alpha}" for alpha in (0.1, 0.3, 1, 3)}
-SHAPES = "--dataset coloured_shapes"
-
-
-def grid(**flags: str) -> list[str]:
-    """Settings to try: the i-th value of each flag together."""
-    rows = zip(*(values.split() for values in flags.values()), strict=True)
-    names = [f"--{name.replace('_', '-')}" for name in flags]
-    return [" ".join(f"{n} {v}" for n, v in zip(names, row, strict=True)) for row in rows]
-
-
-INNER = grid(
-    lr=".001 .001 .001 .001 .002 .002 .002 .002",
-    inner_lr="1 1 3 3 1 1 3 3",
-    pretext_weight=".1 .3 .1 .3 .1 .3 .1 .3",
-)
-PRETRAINING = grid(
-    lr=".001 .001 .001 .002 .002 .002 .0005 .004",
-    pretrain_steps="150 300 450 150 300 450 300 300",
-)
+# inner step lowers the pretext loss at the evaluation by a tenth or more (seed 100)
+MOVING = {f"alpha-{a}": f"{PHOTOS['maml']} --inner-lr {a} {TRIAL}" for a in (0.1, 0.3, 1, 3)}
 # Eight settings for each arm with several environments. Chosen is, with seed 100, the best mean
 # accuracy over the training environments' validation images after the last step, adapted where
 # the arm adapts; of equal ones the first. Where adapting arms have trials within two points of the
 # best (CLOSE), the mean of three seeds decides. The new environment has no say.
-TRIALS = {
-    "maml": ("maml_ssl.py", INNER),
-    "colorization": ("maml_ssl.py --pretext colorization", INNER),
-    "first-order": ("maml_ssl.py --first-order", INNER),
-    "random-labels": ("maml_ssl.py --pretext random_labels", INNER),
-    "joint": (
-        "maml_ssl.py --inner-lr 0",
-        grid(
-            lr=".0005 .0005 .001 .001 .002 .002 .004 .004",
-            pretext_weight=".1 .3 .1 .3 .1 .3 .1 .3",
-        ),
-    ),
-    "scratch": (
-        "pretrain_finetune.py --pretrain-steps 0",
-        grid(lr=".0003 .0005 .001 .0015 .002 .003 .004 .006"),
-    ),
-    "fine-tuned": ("pretrain_finetune.py", PRETRAINING),
-    "probed": ("linear_probe.py", PRETRAINING),
+INNER = [
+    f"--lr {lr} --inner-lr {inner_lr} --pretext-weight {weight}"
+    for lr in (".001", ".002")
+    for inner_lr in ("1", "3")
+    for weight in (".1", ".3")
+]
+JOINT = [
+    f"--lr {lr} --pretext-weight {weight}"
+    for lr in (".0005", ".001", ".002", ".004")
+    for weight in (".1", ".3")
+]
+SCRATCH = [f"--lr {lr}" for lr in ".0003 .0005 .001 .0015 .002 .003 .004 .006".split()]
+PRETRAINING = [
+    f"--lr {lr} --pretrain-steps {steps}" for lr in (".001", ".002") for steps in (150, 300, 450)
+]
+PRETRAINING += ["--lr .0005 --pretrain-steps 300", "--lr .004 --pretrain-steps 300"]
+TRIALS = {  # arm: command, settings, number of the best of them; results/tune.csv holds all
+    "maml": ("maml_ssl.py", INNER, 6),
+    "colorization": ("maml_ssl.py --pretext colorization", INNER, 3),
+    "first-order": ("maml_ssl.py --first-order", INNER, 0),
+    "random-labels": ("maml_ssl.py --pretext random_labels", INNER, 4),
+    "joint": ("maml_ssl.py --inner-lr 0", JOINT, 6),
+    "scratch": ("pretrain_finetune.py --pretrain-steps 0", SCRATCH, 6),
+    "fine-tuned": ("pretrain_finetune.py", PRETRAINING, 5),
+    "probed": ("linear_probe.py", PRETRAINING, 5),
 }
 CLOSE = ("maml-0", "maml-1", "maml-2", "maml-6", "colorization-0", "colorization-3")
-# The number of the best of them; results/tune.csv holds all
-BEST = {"maml": 6, "colorization": 3, "first-order": 0, "random-labels": 4, "joint": 6}
-BEST |= {"scratch": 6, "fine-tuned": 5, "probed": 5}
-CHOSEN = {name: TRIALS[name][1][number] for name, number in BEST.items()}
-SETTINGS = {name: f"{arm} {SHAPES} {CHOSEN[name]}" for name, (arm, _) in TRIALS.items()}
+CHOSEN, SHAPES, TUNE = {}, {}, {}  # SHAPES: the chosen ones on coloured_shapes
+for arm, (command, settings, best) in TRIALS.items():
+    CHOSEN[arm] = f"{command} {settings[best]}"
+    SHAPES[arm] = f"{CHOSEN[arm]} --dataset coloured_shapes"
+    for i, flags in enumerate(settings):
+        TUNE[f"{arm}-{i}"] = f"{command} {flags} --dataset coloured_shapes {TRIAL}"
 # Where does the gain end? Other sizes of support, other K, and folders (`write_environments`) where
 # colour agrees in other shares, or with gray photographs, tinted, in place of shapes.
 FOLDER = "--image-size 16 --width 8 --batch-size 128 --dataset data/coloured"
 OTHERS = {"90-10-80": (0.9, 0.1, 0.8), "80-40-90": (0.8, 0.4, 0.9), "photographs": (0.8, 0.1, 0.9)}
-WHERE = {f"support-{n}": f"{SETTINGS['maml']} --support-batch-size {n}" for n in (8, 128, 256)}
-WHERE |= {f"steps-{k}": f"{SETTINGS['maml']} --inner-steps {k}" for k in (3, 5)}
-adapting, plain = (f"{TRIALS[arm][0]} {CHOSEN[arm]}" for arm in ("maml", "scratch"))
+WHERE = {f"support-{n}": f"{SHAPES['maml']} --support-batch-size {n}" for n in (8, 128, 256)}
+WHERE |= {f"steps-{k}": f"{SHAPES['maml']} --inner-steps {k}" for k in (3, 5)}
 for other in ("90-10-80", "80-40-90"):
-    WHERE[f"maml-{other}"] = f"{adapting} --inner joint {FOLDER}-{other} --steps 1000"
-    WHERE[f"scratch-{other}"] = f"{plain} {FOLDER}-{other} --steps 1000"
-# The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too; 1,500 steps
-PHOTOGRAPHS = f"{FOLDER}-photographs --source shapes --steps 1500"
-TINTED = {
-    name: f"{TRIALS[name][0]} {CHOSEN[name]} {PHOTOGRAPHS}"
-    for name in ("scratch", "fine-tuned", "joint", "maml", "colorization")
-}
-for name in ("maml", "colorization"):
-    TINTED[name] += " --inner joint"
-TINTED["maml-alpha-1"] = f"{TINTED['maml']} --inner-lr 1"
+    WHERE[f"maml-{other}"] = f"{CHOSEN['maml']} --inner joint {FOLDER}-{other} --steps 1000"
+    WHERE[f"scratch-{other}"] = f"{CHOSEN['scratch']} {FOLDER}-{other} --steps 1000"
 # Each other task alone; and each with a loop of its own, which takes the whole step, where the mean
 # of four losses gives a task a quarter of it
 for task in ("rotation", "masked_autoencoding", "contrastive"):
-    WHERE[task] = f"{SETTINGS['colorization']} --steps 600 --pretext {task}"
-WHERE["per-task"] = f"{SETTINGS['maml']} --steps 600 --inner per-task --inner-lr 1"
-TUNE = {
-    f"{name}-{i}": f"{arm} {SHAPES} --steps 600 --eval-on val {flags}"
-    for name, (arm, trials) in TRIALS.items()
-    for i, flags in enumerate(trials)
-}
+    WHERE[task] = f"{SHAPES['colorization']} --steps 600 --pretext {task}"
+WHERE["per-task"] = f"{SHAPES['maml']} --steps 600 --inner per-task --inner-lr 1"
+# The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too; 1,500 steps
+PHOTOGRAPHS = f"{FOLDER}-photographs --source shapes --steps 1500"
+TINTED = {arm: f"{CHOSEN[arm]} {PHOTOGRAPHS}" for arm in ("scratch", "fine-tuned", "joint")}
+for arm in ("maml", "colorization"):
+    TINTED[arm] = f"{CHOSEN[arm]} {PHOTOGRAPHS} --inner joint"
+TINTED["maml-alpha-1"] = f"{TINTED['maml']} --inner-lr 1"
 PROTOCOLS = {
     "photos": (range(5), PHOTOS | CONTROLS),
     # other label budgets and a longer horizon, with the settings chosen for 500 and 2,000
     "labels-100": (range(3), cifar(labels=100)),
     "labels-5000": (range(3), cifar(labels=5000)),
     "steps-10000": (range(3), cifar(steps=10000)),
-    "moving-tune": (
-        range(100, 101),
-        {n: f"{c} --steps 600 --eval-on val" for n, c in MOVING.items()},
-    ),
-    "shares": (
-        range(100, 103),
-        {n: f"{PHOTOS[n]} --eval-on val" for n in PHOTOS if n.startswith(tuple("fp"))},
-    ),
+    "moving-tune": ([100], MOVING),
+    "shares": ([100, 101, 102], {arm: f"{PHOTOS[arm]} --eval-on val" for arm in PRETRAINED}),
     "tinted": (range(3), TINTED),
-    "tune": (range(100, 101), TUNE),
-    "tune-again": (range(101, 103), {name: TUNE[name] for name in CLOSE}),
-    "environments": (range(5), SETTINGS),
+    "tune": ([100], TUNE),
+    "tune-again": ([101, 102], {trial: TUNE[trial] for trial in CLOSE}),
+    "environments": (range(5), SHAPES),
     "where": (range(3), WHERE),
 }
 
@@ -410,7 +388,7 @@ def gather(name: str, out: Path) -> None:
     write(f"{name}.csv", ["run", "seed", *maml_ssl.COLUMNS], rows)
     if name in ("environments", "tinted"):
         head = ["run", "seed", "support", "inner_lr", "inner_steps", "80%", "10%", "90% (new)"]
-        tuned = out / "tune" / f"joint-{BEST['joint']}" / "seed100"
+        tuned = out / "tune" / f"joint-{TRIALS['joint'][2]}" / "seed100"
         write(f"{name}_support.csv", head, measure_support(out / name, tuned))
 
 
