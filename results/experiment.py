@@ -18,6 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -143,60 +144,41 @@ PROTOCOLS = {
     "where": (range(3), WHERE),
 }
 
-# --- what is asked, and how it is judged: {question: (arm, against, counted in)} ---
+# --- what is asked, and how it is judged: (question, arm, each of these against, counted in) ---
 # total_step, step, flops: where the arm has for good what the other ends with, over all that the
 # other used. end: points at the end, at equal steps. equal FLOPs: points where the cheaper ends.
-QUESTIONS = {
-    "photos": [
-        *[(f"as worded: fewer steps, {share}%", "maml", f"{arm}-{share}", "total_step")
-          for arm in ("fine-tuned", "probed") for share in (25, 50, 75)],
-        *[(question, arm, f"fine-tuned-{share}", count) for question, arm, count in (
-            ("fewer steps on the desired task alone", "maml", "step"),
-            ("fewer FLOPs", "maml", "flops"),
-            ("fewer steps without MAML", "scratch", "total_step"),
-            ("better than fine-tuning", "maml", "end"))
-          for share in (25, 50, 75)],
-        *[(question, "maml", against, count) for question, against in (
-            ("better than nothing", "scratch"), ("the inner loop helps", "joint"),
-            ("the inner loop helps", "no-inner-loop"), ("the second order helps", "first-order"),
-            ("the content of the tasks helps", "random-labels"),
-            ("better than pretraining on the same tasks", "self-supervised"))
-          for count in ("end", "equal FLOPs")],
-    ],
-    "tinted": [
-        *[("better than nothing", arm, "scratch", "end")
-          for arm in ("maml", "maml-alpha-1", "colorization")],
-        ("the inner loop helps", "maml", "joint", "end"),
-        ("better than fine-tuning", "maml", "fine-tuned", "end"),
-    ],
-    "environments": [
-        ("as worded: fewer steps", "maml", "fine-tuned", "total_step"),
-        ("as worded: fewer steps", "maml", "probed", "total_step"),
-        ("fewer FLOPs", "maml", "fine-tuned", "flops"),
-        ("fewer steps without MAML", "scratch", "fine-tuned", "total_step"),
-        *[(question, "maml", against, count) for question, against in (
-            ("better than nothing", "scratch"), ("the inner loop helps", "joint"),
-            ("the second order helps", "first-order"),
-            ("the content of the tasks helps", "random-labels"),
-            ("better than fine-tuning", "fine-tuned"))
-          for count in ("end", "equal FLOPs")],
-        ("several tasks help", "maml", "colorization", "end"),
-    ],
-}  # fmt: skip
-OTHER_PHOTOS = ("labels-100", "labels-5000", "steps-10000")
-QUESTIONS |= dict.fromkeys(OTHER_PHOTOS, QUESTIONS["photos"])
-PLAIN = ("photos", "shares", "moving-tune", *OTHER_PHOTOS)  # protocols with one environment
+FINE_TUNED = [f"fine-tuned-{share}" for share in SHARES]
+BOTH = ["end", "equal FLOPs"]
+QUESTIONS = [  # each is asked wherever two seeds of both arms were run
+    *[(f"as worded: fewer steps, {x[-2:]}%", "maml", [x], ["total_step"]) for x in PRETRAINED],
+    ("as worded: fewer steps", "maml", ["fine-tuned", "probed"], ["total_step"]),
+    ("fewer steps on the desired task alone", "maml", FINE_TUNED, ["step"]),
+    ("fewer FLOPs", "maml", ["fine-tuned", *FINE_TUNED], ["flops"]),
+    ("fewer steps without MAML", "scratch", ["fine-tuned", *FINE_TUNED], ["total_step"]),
+    ("better than fine-tuning", "maml", FINE_TUNED, ["end"]),
+    ("better than nothing", "maml", ["scratch"], BOTH),
+    ("the inner loop helps", "maml", ["joint", "no-inner-loop"], BOTH),
+    ("the second order helps", "maml", ["first-order"], BOTH),
+    ("the content of the tasks helps", "maml", ["random-labels"], BOTH),
+    ("better than pretraining on the same tasks", "maml", ["self-supervised"], BOTH),
+    ("better than fine-tuning", "maml", ["fine-tuned"], BOTH),
+    ("several tasks help", "maml", ["colorization"], ["end"]),
+]
+TINTED_QUESTIONS = [
+    ("better than nothing", "maml", ["scratch"], ["end"]),
+    ("better than nothing", "maml-alpha-1", ["scratch"], ["end"]),
+    ("better than nothing", "colorization", ["scratch"], ["end"]),
+    ("the inner loop helps", "maml", ["joint"], ["end"]),
+    ("better than fine-tuning", "maml", ["fine-tuned"], ["end"]),
+]
+SEVERAL = ("environments", "tinted")  # protocols with several environments
 # Mean over the three environments (%): the most that a rule for one image can reach, for a quarter
 # of the labels is flipped and colour agrees with only 60% of them; and the most for one that knows
 # the environment: there it follows the colour, in 80, 10 or 90% of the images the label's
-CEILINGS = (75.0, 86.7)
+CEILING, KNOWING = 75.0, 86.7
 # 600 steps were fixed before the runs. One seed of MAML had then only begun to rise: so all were
 # continued to 1,000, with the same settings. Both are reported.
-HORIZONS = (600, 1000)
-# The share of pretraining, in percent: for fine-tuning the one that validation prefers
-# (results/shares.csv), for probing the one that earlier code had chosen
-SHARE = {"fine-tuned": 25, "probed": 75}
-BASELINES = (f"fine-tuned-{SHARE['fine-tuned']}", "fine-tuned")
+HORIZONS = {"environments": (600, 1000)}
 # What MAML, adapted to its own environment, is compared with, at the end, mean over environments
 OTHER_SUPPORTS = [("maml", "none"), ("maml", "other"), ("maml", "shuffled"), ("joint", "none")]
 OTHER_SUPPORTS += [("joint", "own"), ("first-order", "own"), ("random-labels", "own")]
@@ -206,60 +188,63 @@ OTHER_SUPPORTS += [("scratch", "none"), ("fine-tuned", "none"), ("probed", "none
 def scores(run: compare.Run) -> np.ndarray:
     """The accuracy of the claim: adapted where there are environments to adapt to, else plain."""
     adapted = run.log["accuracy_adapted"]
-    return run.log["accuracy"] if run.dataset in PLAIN or np.isnan(adapted).all() else adapted
+    if run.dataset in SEVERAL and not np.isnan(adapted).all():
+        return adapted
+    return run.log["accuracy"]
+
+
+def until(run: compare.Run, steps: float) -> compare.Run:
+    """The run as it was at that step."""
+    return replace(run, log=run.log[run.log["total_step"] <= steps])
 
 
 def measure(run: compare.Run, other: compare.Run, count: str) -> tuple[float, bool]:
     """The value of one seed, and whether it is censored: `run` never got there."""
-    mine, others = scores(run), scores(other)
-    if count in ("end", "equal FLOPs"):
+    if count in BOTH:
         axis = "flops" if count == "equal FLOPs" else "total_step"
         at = min(run.log[axis][-1], other.log[axis][-1])
-        a, b = (np.interp(at, r.log[axis], y) for r, y in ((run, mine), (other, others)))
-        return 100 * (a - b), False
-    x = compare.first_for_good(run.log[count], mine, others[-1])
-    return (run.log[count][-1] if np.isnan(x) else x) / other.log[count][-1], bool(np.isnan(x))
+        mine, others = (np.interp(at, each.log[axis], scores(each)) for each in (run, other))
+        return 100 * (mine - others), False
+    reached = compare.first_for_good(run.log[count], scores(run), scores(other)[-1])
+    censored = bool(np.isnan(reached))
+    return (run.log[count][-1] if censored else reached) / other.log[count][-1], censored
 
 
-def until(run: compare.Run, steps: int | None) -> compare.Run:
-    """The run as it was at that step; None: at its end."""
-    return replace(run, log=run.log[run.log["total_step"] <= (steps or np.inf)])
-
-
-def judge(values: np.ndarray, censored: np.ndarray, null: float, less: bool) -> tuple[str, str]:
+def judge(values: list[float], censored: list[bool], null: float, less: bool) -> tuple[str, str]:
     """-> "mean ± half width", and supported, refuted or undecided, at 95%, of values [seeds].
 
     A censored seed counts with its whole budget: too good for the arm. So one of them forbids
     "supported"; and if all are, that refutes from five seeds on, below them it decides nothing: two
     arms that are the same are both below in all of n seeds in a share of about 1 / 2^n.
     """
-    mean, half = (float(x) for x in compare.mean_interval(values))
-    good, bad = (mean + half < null, mean - half > null)[:: 1 if less else -1]
-    word = "supported" if good and not censored.any() else "undecided"
-    if (bad and not censored.any()) or (censored.all() and len(values) >= 5):
-        word = "refuted"
+    mean, half = compare.mean_interval(values)
+    if any(censored):
+        word = "refuted" if all(censored) and len(values) >= 5 else "undecided"
+    elif mean + half < null:
+        word = "supported" if less else "refuted"
+    elif mean - half > null:
+        word = "refuted" if less else "supported"
+    else:
+        word = "undecided"
     return f"{mean:.2f} ± {half:.2f}", word
 
 
-def verdicts(names: str, arms: dict[str, list[compare.Run]]) -> str:
+def verdicts(name: str, arms: dict[str, list[compare.Run]]) -> str:
     """The table of all questions that the runs answer."""
-    rows = [
-        "| question | arm | against | counted in | value | censored | verdict |",
-        "|---" * 7 + "|",
-    ]
-    for question, arm, against, count in QUESTIONS.get(names, ()):
-        others = {run.seed: run for run in arms.get(against, [])}
-        pairs = [(run, others[run.seed]) for run in arms.get(arm, []) if run.seed in others]
-        if len(pairs) < 2:
-            continue
-        values, censored = (
-            np.array(x) for x in zip(*(measure(*p, count) for p in pairs), strict=True)
-        )
-        ratio = count in ("total_step", "step", "flops")
-        value, word = judge(values, censored, 1.0 if ratio else 0.0, less=ratio)
-        about = [question, arm, against, count, value, f"{censored.sum()} of {len(pairs)}", word]
-        rows.append(f"| {' | '.join(about)} |")
-    return "\n".join(rows) if len(rows) > 2 else ""
+    rows = []
+    for question, arm, others, counts in TINTED_QUESTIONS if name == "tinted" else QUESTIONS:
+        for against, count in product(others, counts):
+            base = {run.seed: run for run in arms.get(against, [])}
+            pairs = [(run, base[run.seed]) for run in arms.get(arm, []) if run.seed in base]
+            if len(pairs) < 2:
+                continue
+            values, censored = zip(*(measure(*pair, count) for pair in pairs), strict=True)
+            points = count in BOTH
+            value, word = judge(values, censored, null=0.0 if points else 1.0, less=not points)
+            row = [question, arm, against, count, value, f"{sum(censored)} of {len(pairs)}", word]
+            rows.append(f"| {' | '.join(row)} |")
+    head = "| question | arm | against | counted in | value | censored | verdict |"
+    return "\n".join([head, "|---" * 7 + "|", *rows]) if rows else ""
 
 
 # --- what is measured after training ---
@@ -403,7 +388,9 @@ ARMS = {  # label and colour in the figures
     "joint": ("joint training", "#CC79A7"),
     "scratch": ("from scratch", "#000000"),
     "fine-tuned": ("fine-tuned", "#D55E00"),
+    "fine-tuned-25": ("fine-tuned", "#D55E00"),  # the share that validation prefers
     "probed": ("probed", "#009E73"),
+    "probed-75": ("probed", "#009E73"),  # the share that earlier code had chosen
 }
 PANELS = {
     "photos": "images of one distribution\n(CIFAR-10)",
@@ -418,14 +405,14 @@ def draw_answer(groups: dict, column: str, path: Path) -> None:
         figure = Figure((9.6, 2.9), layout="constrained")
         for ax, (name, title) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
             ends = []
-            for arm, (label, colour) in ARMS.items():
-                runs = groups[name].get(arm) or groups[name].get(f"{arm}-{SHARE.get(arm)}")
-                adapts = arm == "maml" and name not in PLAIN
-                label, y = label + ", adapted" * adapts, "accuracy" + "_adapted" * adapts
-                if runs:
-                    ends += compare.draw(ax, {label: runs}, column, y, {label: colour})
-            if name not in PLAIN:
-                for height, what in zip(CEILINGS, ("one image", "its environment"), strict=True):
+            for arm in [arm for arm in ARMS if arm in groups[name]]:
+                (label, colour), y = ARMS[arm], "accuracy"
+                if arm == "maml" and name in SEVERAL:
+                    label, y = "MAML, adapted", "accuracy_adapted"
+                runs = {label: groups[name][arm]}
+                ends += compare.draw(ax, runs, column, y, {label: colour})
+            if name in SEVERAL:
+                for height, what in (CEILING, "one image"), (KNOWING, "its environment"):
                     ax.axhline(height, color="0.5", lw=0.8, ls=":")
                     text = f"the most for {what}"
                     ax.text(ax.get_xlim()[1], height + 0.4, text, size=6, color="0.3", ha="right")
@@ -484,23 +471,23 @@ def support_tables(found: dict) -> str:
     lines = ["| arm | adapted to | 80% | 10% | 90%, new | mean | worst |", "|---" * 7 + "|"]
     for (run, support), by_seed in found.items():
         values = np.array([*by_seed.values()])  # [seeds, 3]
-        mean, half = compare.mean_interval(values.mean(1))
-        cells = [f"{x:.1f}" for x in values.mean(0)]
-        cells += [f"{mean:.1f} ± {half:.1f}", f"{values.min(1).mean():.1f}"]
-        lines.append(f"| {' | '.join([run, support, *cells])} |")
-    lines += ["", "| question | value | verdict |", "|---" * 3 + "|"]
+        each = " | ".join(f"{x:.1f}" for x in values.mean(0))
+        mean, worst = compare.cell(values.mean(1), ".1f"), values.min(1).mean()
+        lines.append(f"| {run} | {support} | {each} | {mean} | {worst:.1f} |")
     maml = found["maml", "own"]
-    asked = {f"more than {CEILINGS[0]}, mean": ([x.mean() for x in maml.values()], CEILINGS[0])}
-    asked[f"more than {CEILINGS[0]}, worst"] = ([x.min() for x in maml.values()], CEILINGS[0])
-    for other in OTHER_SUPPORTS:
-        differences = [(maml[s] - y).mean() for s, y in found.get(other, {}).items() if s in maml]
+    asked = [(f"more than {CEILING}, mean", [x.mean() for x in maml.values()], CEILING)]
+    asked += [(f"more than {CEILING}, worst", [x.min() for x in maml.values()], CEILING)]
+    for arm, support in OTHER_SUPPORTS:
+        others = found.get((arm, support), {})
+        differences = [(maml[seed] - other).mean() for seed, other in others.items()]
         if differences:
-            asked[f"better than {', '.join(other)}"] = (differences, 0.0)
-    for question, (values, null) in asked.items():
-        value, word = judge(np.array(values), np.zeros(len(values), bool), null, less=False)
+            asked.append((f"better than {arm}, {support}", differences, 0.0))
+    lines += ["", "| question | value | verdict |", "|---" * 3 + "|"]
+    for question, values, null in asked:
+        value, word = judge(values, [], null, less=False)
         lines.append(f"| {question} | {value} | {word} |")
-    way = (np.mean([*maml.values()]) - CEILINGS[0]) / (CEILINGS[1] - CEILINGS[0])
-    lines.append(f"| how much of the way from {CEILINGS[0]} to {CEILINGS[1]} | {way:.0%} | |")
+    way = (np.mean([*maml.values()]) - CEILING) / (KNOWING - CEILING)
+    lines.append(f"| how much of the way from {CEILING} to {KNOWING} | {way:.0%} | |")
     return "\n".join(lines)
 
 
@@ -508,23 +495,24 @@ def report() -> None:
     """Draws every figure; prints every table and verdict and writes them to report.md."""
     groups = {}
     for path in RESULTS.glob("*.csv"):
-        groups |= compare.group(compare.read([path])) if "support" not in path.stem else {}
+        if "support" not in path.stem:
+            groups |= compare.group(compare.read([path]))
     parts = []
-    for name in PROTOCOLS:
-        for horizon in HORIZONS if name == "environments" else (None,) if name in groups else ():
+    for name in [name for name in PROTOCOLS if name in groups]:
+        for horizon in HORIZONS.get(name, [np.inf]):
             arms = {
                 arm: [until(run, horizon) for run in runs] for arm, runs in groups[name].items()
             }
-            baseline = next((arm for arm in BASELINES if arm in arms), None)
-            parts += [f"## {name}" + f", {horizon} steps" * bool(horizon)]
-            parts += [compare.table(arms, baseline), verdicts(name, arms)]
+            title = name if horizon == np.inf else f"{name}, {horizon} steps"
+            baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
+            parts += [f"## {title}", compare.table(arms, baseline), verdicts(name, arms)]
         if (path := RESULTS / f"{name}_support.csv").exists():
             parts += [f"## {name}: adapted to what", support_tables(read_support(path))]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (RESULTS / "report.md").write_text(text, encoding="utf-8")
-    columns = {"steps": "total_step", "flops": "flops", "paid_once": "step"}
-    for name, column in columns.items():
-        draw_answer(groups, column, RESULTS / f"{name}.png")
+    draw_answer(groups, "total_step", RESULTS / "steps.png")
+    draw_answer(groups, "flops", RESULTS / "flops.png")
+    draw_answer(groups, "step", RESULTS / "paid_once.png")
     draw_step(RESULTS / "outer_step.png")
     print(text, end="")
 
