@@ -10,9 +10,7 @@ are folders of images in data/.
 """
 
 import argparse
-import csv
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -264,43 +262,51 @@ def draw_tinted(count: int, shares: tuple, split: int) -> tuple:
     return images, torch.from_numpy(labels), torch.arange(len(shares)).repeat_interleave(count)
 
 
-def write_environments(folder: Path, draw, train: tuple, test: tuple) -> None:
-    """A folder of PNG files, train/CLASS/ENVIRONMENT/; colour agrees in these shares of each."""
-    for split, (count, shares) in enumerate(((5000, train), (1256, test))):
-        for i, (image, label, home) in enumerate(zip(*draw(count, shares, split), strict=True)):
+def write_environments(folder: Path, draw, shares: tuple) -> None:
+    """A folder of PNG files, SPLIT/CLASS/ENVIRONMENT/; colour agrees in these shares of each.
+
+    The last environment is a new one: in the test set alone.
+    """
+    for split, (count, agreement) in enumerate(((5000, shares[:-1]), (1256, shares))):
+        drawn = zip(*draw(count, agreement, split), strict=True)
+        for i, (image, label, home) in enumerate(drawn):
             place = folder / ("train", "test")[split] / f"class{label}" / f"environment{home}"
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+
+
+load = functools.cache(pretext.load)  # drawing takes longer than what is measured
 
 
 def load_run(folder: Path) -> tuple:
     """-> arguments, data, pretext tasks and averaged model of a finished run."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     args = argparse.Namespace(**state["config"])
-    data = pretext.load(args.dataset, args.data_dir, args.image_size, "cpu")
+    data = load(args.dataset, args.data_dir, args.image_size, "cpu")
     data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
     tasks = {name: pretext.TASKS[name](data.images) for name in getattr(args, "pretext", [])}
     heads = {name: task.make_head for name, task in tasks.items()}
     model = maml_ssl.make_model({"target": maml_ssl.classifier(data.classes)} | heads, args)
-    averaged = {n.removeprefix("module."): w for n, w in state["averaged"].items()}
-    model.load_state_dict({name: averaged[name] for name in model.state_dict()})
+    averaged = state["averaged"]
+    model.load_state_dict({name: averaged[f"module.{name}"] for name in model.state_dict()})
     return args, data, tasks, model
 
 
-def by_environment(args, data, tasks, model, support: str, lr: float, steps: int) -> list[float]:
+def by_environment(run: tuple, support: str, lr: float, steps: int) -> list[float]:
     """Accuracy in each environment of the test set, after adapting to `support`.
 
     own: images of the environment. other: of the one that differs most. shuffled: own, red and
     green exchanged in half of them, so that colour says nothing of shape. none: unadapted.
     """
+    args, data, tasks, model = run
     found = []
     for environment, job in enumerate(pretext.adaptations(data, False, 0)):
         scored, images, mask, *rest = job
         if support == "other":
-            mask = data.unlabelled[1 if environment != 1 else len(data.unlabelled) - 1][1]
+            mask = data.unlabelled[(1, 2, 1)[environment]][1]
         if support == "shuffled":
-            half = torch.arange(len(images))[:, None, None, None] % 2 == 0
-            images = torch.where(half, images[:, [1, 0, 2]], images)
+            images = images.clone()
+            images[::2] = images[::2, [1, 0, 2]]
         params = dict(model.named_parameters())
         if support != "none":
             batches = pretext.batches(tasks, args.seed, "evaluation", 0, images, mask, *rest)
@@ -311,27 +317,25 @@ def by_environment(args, data, tasks, model, support: str, lr: float, steps: int
     return found
 
 
-RATES = [(lr, steps) for lr in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0) for steps in (1, 3, 10)]
-
-
-def measure_support(out: Path, tuned: Path) -> list[list]:
-    """Rows of NAME_support.csv: run, seed, support, inner_lr, inner_steps, accuracies.
+def measure_support(out: Path, tuned: Path) -> list[str]:
+    """The lines of NAME_support.csv.
 
     Joint training is adapted at the rate and steps that are best for the tuned run on validation.
     """
-    pretext.draw_coloured_shapes = functools.cache(pretext.draw_coloured_shapes)
     trial = load_run(tuned)
-    best = max(RATES, key=lambda how: np.mean(by_environment(*trial, "own", *how)))
-    rows = []
+    rates = product((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (1, 3, 10))
+    best = max(rates, key=lambda rate: np.mean(by_environment(trial, "own", *rate)))
+    lines = ["run,seed,support,inner_lr,inner_steps,80%,10%,90% (new)"]
     for folder in sorted(out.glob("*/seed*")):
-        args, *rest = load_run(folder)
-        inner = (args.inner_lr, args.inner_steps) if getattr(args, "inner_lr", 0) else best
-        kinds = ("none", "own") if rest[1] else ("none",)
-        kinds += ("other", "shuffled") if args.name.startswith("maml") else ()
-        for kind in kinds:
-            accuracies = by_environment(args, *rest, kind, *inner)
-            rows.append([args.name, args.seed, kind, *inner, *(f"{x:.4f}" for x in accuracies)])
-    return rows
+        run = args, _, tasks, _ = load_run(folder)
+        lr, steps = (args.inner_lr, args.inner_steps) if getattr(args, "inner_lr", 0) else best
+        supports = ["none", "own"] if tasks else ["none"]
+        if args.name.startswith("maml"):
+            supports += ["other", "shuffled"]
+        for support in supports:
+            accuracies = [f"{x:.4f}" for x in by_environment(run, support, lr, steps)]
+            lines.append(f"{args.name},{args.seed},{support},{lr},{steps},{','.join(accuracies)}")
+    return lines
 
 
 # --- running ---
@@ -342,8 +346,7 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
     for other, shares in OTHERS.items() if name in ("where", "tinted") else ():
         if not (folder := ROOT / "data" / f"coloured-{other}").exists():
             draw = draw_tinted if other == "photographs" else pretext.draw_coloured_shapes
-            write_environments(folder, draw, shares[:2], shares)
-    bar = tqdm(total=len(todo), unit="run")
+            write_environments(folder, draw, shares)
 
     def start(job: tuple[int, str]) -> bool:
         seed, run = job
@@ -351,35 +354,28 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
         command += ["--out", f"{out}/{name}", "--name", run]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True)
-        bar.update()
         if done.returncode:
-            bar.write(f"{run} seed {seed}: {(done.stderr.splitlines() or ['no message'])[-1]}")
+            tqdm.write(f"{run} seed {seed}: {(done.stderr or 'no message').splitlines()[-1]}")
         return done.returncode != 0
 
     with ThreadPoolExecutor(jobs) as pool:
-        return sum(pool.map(start, todo))
+        return sum(tqdm(pool.map(start, todo), total=len(todo), unit="run"))
 
 
 def gather(name: str, out: Path) -> None:
     """The logs of a protocol's finished runs -> results/NAME.csv; what is measured afterwards."""
-    rows = []
+    lines = [f"run,seed,{compare.HEADER}"]
     for log in sorted((out / name).glob("*/seed*/metrics.csv")):
-        run, seed = log.parts[-3], log.parts[-2].removeprefix("seed")
-        lines = [line.split(",") for line in log.read_text().splitlines()[1:]]
-        if int(lines[-1][2]) < json.loads(log.with_name("config.json").read_text())["steps"]:
+        if not any(run.finished for run in compare.read_file(log)):
             print(f"{log.parent} is not finished and left out")
             continue
-        rows += [[run, seed, *cells] for cells in lines]
-    write(f"{name}.csv", ["run", "seed", *maml_ssl.COLUMNS], rows)
-    if name in ("environments", "tinted"):
-        head = ["run", "seed", "support", "inner_lr", "inner_steps", "80%", "10%", "90% (new)"]
+        run, seed = log.parts[-3], log.parts[-2].removeprefix("seed")
+        lines += [f"{run},{seed},{row}" for row in log.read_text().splitlines()[1:]]
+    (RESULTS / f"{name}.csv").write_text("\n".join([*lines, ""]))
+    if name in SEVERAL:
         tuned = out / "tune" / f"joint-{TRIALS['joint'][2]}" / "seed100"
-        write(f"{name}_support.csv", head, measure_support(out / name, tuned))
-
-
-def write(name: str, head: list[str], rows: list[list]) -> None:
-    with open(RESULTS / name, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+        lines = measure_support(out / name, tuned)
+        (RESULTS / f"{name}_support.csv").write_text("\n".join([*lines, ""]))
 
 
 # --- figures and tables: all of them from the CSV files ---
@@ -460,8 +456,8 @@ def draw_step(path: Path) -> None:
 def read_support(path: Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
     """-> (run, what it is adapted to): seed -> accuracy (%) in each environment, [3]."""
     found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    _, *rows = csv.reader(path.open())
-    for run, seed, support, _, _, *accuracies in rows:
+    for line in path.read_text().splitlines()[1:]:
+        run, seed, support, _, _, *accuracies = line.split(",")
         found.setdefault((run, support), {})[int(seed)] = 100 * np.array(accuracies, float)
     return found
 

@@ -81,7 +81,7 @@ def test_the_folder_of_other_environments_has_their_shares(tmp_path, monkeypatch
     monkeypatch.setattr(experiment, "ROOT", tmp_path)
     draw = experiment.draw_tinted if photographs else pretext.draw_coloured_shapes
     few = lambda count, *rest: draw(count // 25, *rest)  # noqa: E731
-    experiment.write_environments(tmp_path / "f", few, (1.0, 0.0), (1.0, 0.0, 0.5))
+    experiment.write_environments(tmp_path / "f", few, (1.0, 0.0, 0.5))
     data = pretext.load(str(tmp_path / "f"), str(tmp_path / "decoded"), 32, "cpu")
     assert data.environments.bincount().tolist() == [200, 200]
     assert data.test_environments.bincount().tolist() == [50, 50, 50]
