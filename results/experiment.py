@@ -76,14 +76,11 @@ MOVING = {f"alpha-{a}": f"{PHOTOS['maml']} --inner-lr {a} {TRIAL}" for a in (0.1
 # best (CLOSE), the mean of three seeds decides. The new environment has no say.
 INNER = [
     f"--lr {lr} --inner-lr {inner_lr} --pretext-weight {weight}"
-    for lr in (".001", ".002")
-    for inner_lr in ("1", "3")
-    for weight in (".1", ".3")
+    for lr, inner_lr, weight in product((".001", ".002"), (1, 3), (".1", ".3"))
 ]
 JOINT = [
     f"--lr {lr} --pretext-weight {weight}"
-    for lr in (".0005", ".001", ".002", ".004")
-    for weight in (".1", ".3")
+    for lr, weight in product((".0005", ".001", ".002", ".004"), (".1", ".3"))
 ]
 SCRATCH = [f"--lr {lr}" for lr in ".0003 .0005 .001 .0015 .002 .003 .004 .006".split()]
 PRETRAINING = [
@@ -263,11 +260,9 @@ def draw_tinted(count: int, shares: tuple, split: int) -> tuple:
 
 
 def write_environments(folder: Path, draw, shares: tuple) -> None:
-    """A folder of PNG files, SPLIT/CLASS/ENVIRONMENT/; colour agrees in these shares of each.
-
-    The last environment is a new one: in the test set alone.
-    """
-    for split, (count, agreement) in enumerate(((5000, shares[:-1]), (1256, shares))):
+    """A folder of PNG files, SPLIT/CLASS/ENVIRONMENT/; shares: of each, as in coloured_labels."""
+    train, test = (5000, shares[:-1]), (1256, shares)  # the last environment is a new one
+    for split, (count, agreement) in enumerate((train, test)):
         drawn = zip(*draw(count, agreement, split), strict=True)
         for i, (image, label, home) in enumerate(drawn):
             place = folder / ("train", "test")[split] / f"class{label}" / f"environment{home}"
@@ -419,7 +414,7 @@ def draw_answer(groups: dict, column: str, path: Path) -> None:
 
 def draw_step(path: Path) -> None:
     """One outer step: support, inner loop, query, and the way of the gradient back."""
-    inside, outside, both = "#DCEAF5", "#FBE6D4", "#E3EFE3"
+    inside, outside, both, back = "#DCEAF5", "#FBE6D4", "#E3EFE3", "#D55E00"
     step = "inner loop, K times\n$w_{k+1} = w_k - \\alpha\\, \\nabla L_t(w_k)$"
     outer = "outer loss:\ncross-entropy\n$+\\ \\beta\\, L_t(w_0)$"
     boxes = {  # name: (x, y, text, colour)
@@ -431,25 +426,25 @@ def draw_step(path: Path) -> None:
         "entropy": (2.3, 0, "cross-entropy of\nthe desired task", outside),
         "loss": (3.4, 0.5, outer, both),
     }
+    arrows = [("support", "pretext"), ("pretext", "loop"), ("loop", "model"), ("loop", "loss")]
+    arrows += [("query", "model"), ("model", "entropy"), ("entropy", "loss"), ("loss", "loop")]
     figure = Figure((7.2, 2.5), layout="constrained")
     ax = figure.subplots()
     ax.set(xlim=(-0.4, 3.75), ylim=(-0.3, 1.6))
     ax.axis("off")
-    drawn = {}
+    frames = {}
     for name, (x, y, text, colour) in boxes.items():
         look = {"boxstyle": "round,pad=0.5", "fc": colour, "ec": "0.3", "lw": 0.8}
-        drawn[name] = ax.text(x, y, text, ha="center", va="center", size=8, bbox=look)
-    figure.draw_without_rendering()  # settles how large the boxes are
-    pairs = "support pretext,pretext loop,query model,model entropy,loop model,loop loss"
-    for pair in f"{pairs},entropy loss,loss loop".split(","):
-        start, end = pair.split()
+        drawn = ax.text(x, y, text, ha="center", va="center", size=8, bbox=look)
+        frames[name] = drawn.get_bbox_patch()
+    for start, end in arrows:
         look = {"arrowstyle": "-|>", "color": "0.3", "lw": 1.2}
-        look |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
-        if start == "loss":  # the way back
-            look |= {"color": "#D55E00", "connectionstyle": "arc3,rad=0.5"}
+        look |= {"patchA": frames[start], "patchB": frames[end]}
+        if start == "loss":
+            look |= {"color": back, "connectionstyle": "arc3,rad=0.5"}
         ax.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=look)
-    back = "the gradient goes back through the inner loop,\nto the weights $w_0$: second order"
-    ax.text(3.75, 1.4, back, size=7.5, color="#D55E00", ha="right")
+    text = "the gradient goes back through the inner loop,\nto the weights $w_0$: second order"
+    ax.text(3.75, 1.4, text, size=7.5, color=back, ha="right")
     figure.savefig(path, dpi=300)
 
 
@@ -489,17 +484,15 @@ def support_tables(found: dict) -> str:
 
 def report() -> None:
     """Draws every figure; prints every table and verdict and writes them to report.md."""
-    groups = {}
-    for path in RESULTS.glob("*.csv"):
-        if "support" not in path.stem:
-            groups |= compare.group(compare.read([path]))
+    logs = [path for path in RESULTS.glob("*.csv") if "support" not in path.stem]
+    groups = compare.group(compare.read(logs))
     parts = []
     for name in [name for name in PROTOCOLS if name in groups]:
         for horizon in HORIZONS.get(name, [np.inf]):
+            title = f"{name}, {horizon} steps" if name in HORIZONS else name
             arms = {
                 arm: [until(run, horizon) for run in runs] for arm, runs in groups[name].items()
             }
-            title = name if horizon == np.inf else f"{name}, {horizon} steps"
             baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
             parts += [f"## {title}", compare.table(arms, baseline), verdicts(name, arms)]
         if (path := RESULTS / f"{name}_support.csv").exists():
