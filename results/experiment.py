@@ -10,7 +10,6 @@ are folders of images in data/.
 """
 
 import argparse
-import functools
 import os
 import subprocess
 import sys
@@ -145,7 +144,7 @@ PROTOCOLS = {
 FINE_TUNED = [f"fine-tuned-{share}" for share in SHARES]
 BOTH = ["end", "equal FLOPs"]
 QUESTIONS = [  # each is asked wherever two seeds of both arms were run
-    *[(f"as worded: fewer steps, {x[-2:]}%", "maml", [x], ["total_step"]) for x in PRETRAINED],
+    *[(f"as worded: fewer steps, {a[-2:]}%", "maml", [a], ["total_step"]) for a in PRETRAINED],
     ("as worded: fewer steps", "maml", ["fine-tuned", "probed"], ["total_step"]),
     ("fewer steps on the desired task alone", "maml", FINE_TUNED, ["step"]),
     ("fewer FLOPs", "maml", ["fine-tuned", *FINE_TUNED], ["flops"]),
@@ -227,15 +226,16 @@ def judge(values: list[float], censored: list[bool], null: float, less: bool) ->
 def verdicts(name: str, arms: dict[str, list[compare.Run]]) -> str:
     """The table of all questions that the runs answer."""
     rows = []
-    for question, arm, others, counts in TINTED_QUESTIONS if name == "tinted" else QUESTIONS:
+    questions = TINTED_QUESTIONS if name == "tinted" else QUESTIONS
+    for question, arm, others, counts in questions:
         for against, count in product(others, counts):
             base = {run.seed: run for run in arms.get(against, [])}
             pairs = [(run, base[run.seed]) for run in arms.get(arm, []) if run.seed in base]
             if len(pairs) < 2:
                 continue
             values, censored = zip(*(measure(*pair, count) for pair in pairs), strict=True)
-            points = count in BOTH
-            value, word = judge(values, censored, null=0.0 if points else 1.0, less=not points)
+            null = 0.0 if count in BOTH else 1.0
+            value, word = judge(values, censored, null, less=count not in BOTH)
             row = [question, arm, against, count, value, f"{sum(censored)} of {len(pairs)}", word]
             rows.append(f"| {' | '.join(row)} |")
     head = "| question | arm | against | counted in | value | censored | verdict |"
@@ -270,20 +270,17 @@ def write_environments(folder: Path, draw, shares: tuple) -> None:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
 
 
-load = functools.cache(pretext.load)  # drawing takes longer than what is measured
-
-
 def load_run(folder: Path) -> tuple:
     """-> arguments, data, pretext tasks and averaged model of a finished run."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     args = argparse.Namespace(**state["config"])
-    data = load(args.dataset, args.data_dir, args.image_size, "cpu")
+    data = pretext.load(args.dataset, args.data_dir, args.image_size, "cpu")
     data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
     tasks = {name: pretext.TASKS[name](data.images) for name in getattr(args, "pretext", [])}
     heads = {name: task.make_head for name, task in tasks.items()}
     model = maml_ssl.make_model({"target": maml_ssl.classifier(data.classes)} | heads, args)
-    averaged = state["averaged"]
-    model.load_state_dict({name: averaged[f"module.{name}"] for name in model.state_dict()})
+    averaged = {name: state["averaged"][f"module.{name}"] for name in model.state_dict()}
+    model.load_state_dict(averaged)
     return args, data, tasks, model
 
 
@@ -297,7 +294,7 @@ def by_environment(run: tuple, support: str, lr: float, steps: int) -> list[floa
     found = []
     for environment, job in enumerate(pretext.adaptations(data, False, 0)):
         scored, images, mask, *rest = job
-        if support == "other":
+        if support == "other":  # colour agrees in 80, 10 and 90%
             mask = data.unlabelled[(1, 2, 1)[environment]][1]
         if support == "shuffled":
             images = images.clone()
@@ -322,7 +319,8 @@ def measure_support(out: Path, tuned: Path) -> list[str]:
     best = max(rates, key=lambda rate: np.mean(by_environment(trial, "own", *rate)))
     lines = ["run,seed,support,inner_lr,inner_steps,80%,10%,90% (new)"]
     for folder in sorted(out.glob("*/seed*")):
-        run = args, _, tasks, _ = load_run(folder)
+        run = load_run(folder)
+        args, _, tasks, _ = run
         lr, steps = (args.inner_lr, args.inner_steps) if getattr(args, "inner_lr", 0) else best
         supports = ["none", "own"] if tasks else ["none"]
         if args.name.startswith("maml"):
@@ -338,8 +336,9 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
     """Runs each command for each seed, one thread a run; -> how many failed."""
     seeds, commands = PROTOCOLS[name]
     todo = [(seed, run) for seed in seeds for run in only or commands]
-    for other, shares in OTHERS.items() if name in ("where", "tinted") else ():
-        if not (folder := ROOT / "data" / f"coloured-{other}").exists():
+    for other, shares in OTHERS.items():
+        folder = ROOT / "data" / f"coloured-{other}"
+        if name in ("where", "tinted") and not folder.exists():
             draw = draw_tinted if other == "photographs" else pretext.draw_coloured_shapes
             write_environments(folder, draw, shares)
 
@@ -397,7 +396,8 @@ def draw_answer(groups: dict, column: str, path: Path) -> None:
         for ax, (name, title) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
             ends = []
             for arm in [arm for arm in ARMS if arm in groups[name]]:
-                (label, colour), y = ARMS[arm], "accuracy"
+                label, colour = ARMS[arm]
+                y = "accuracy"
                 if arm == "maml" and name in SEVERAL:
                     label, y = "MAML, adapted", "accuracy_adapted"
                 runs = {label: groups[name][arm]}
