@@ -432,14 +432,13 @@ def draw_step(path: Path) -> None:
     ax = figure.subplots()
     ax.set(xlim=(-0.4, 3.75), ylim=(-0.3, 1.6))
     ax.axis("off")
-    frames = {}
+    drawn = {}
     for name, (x, y, text, colour) in boxes.items():
         look = {"boxstyle": "round,pad=0.5", "fc": colour, "ec": "0.3", "lw": 0.8}
-        drawn = ax.text(x, y, text, ha="center", va="center", size=8, bbox=look)
-        frames[name] = drawn.get_bbox_patch()
+        drawn[name] = ax.text(x, y, text, ha="center", va="center", size=8, bbox=look)
     for start, end in arrows:
         look = {"arrowstyle": "-|>", "color": "0.3", "lw": 1.2}
-        look |= {"patchA": frames[start], "patchB": frames[end]}
+        look |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
         if start == "loss":
             look |= {"color": back, "connectionstyle": "arc3,rad=0.5"}
         ax.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=look)
@@ -448,17 +447,12 @@ def draw_step(path: Path) -> None:
     figure.savefig(path, dpi=300)
 
 
-def read_support(path: Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
-    """-> (run, what it is adapted to): seed -> accuracy (%) in each environment, [3]."""
-    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+def support_tables(path: Path) -> str:
+    """By run and support: accuracy (%) in each environment, mean, worst; then the verdicts."""
+    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}  # (run, support): seed: [3]
     for line in path.read_text().splitlines()[1:]:
         run, seed, support, _, _, *accuracies = line.split(",")
         found.setdefault((run, support), {})[int(seed)] = 100 * np.array(accuracies, float)
-    return found
-
-
-def support_tables(found: dict) -> str:
-    """By run and support: accuracy (%) in each environment, mean, worst; then the verdicts."""
     lines = ["| arm | adapted to | 80% | 10% | 90%, new | mean | worst |", "|---" * 7 + "|"]
     for (run, support), by_seed in found.items():
         values = np.array([*by_seed.values()])  # [seeds, 3]
@@ -496,7 +490,7 @@ def report() -> None:
             baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
             parts += [f"## {title}", compare.table(arms, baseline), verdicts(name, arms)]
         if (path := RESULTS / f"{name}_support.csv").exists():
-            parts += [f"## {name}: adapted to what", support_tables(read_support(path))]
+            parts += [f"## {name}: adapted to what", support_tables(path)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (RESULTS / "report.md").write_text(text, encoding="utf-8")
     draw_answer(groups, "total_step", RESULTS / "steps.png")
