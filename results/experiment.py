@@ -400,8 +400,7 @@ def draw_answer(groups: dict, column: str, path: Path) -> None:
                 y = "accuracy"
                 if arm == "maml" and name in SEVERAL:
                     label, y = "MAML, adapted", "accuracy_adapted"
-                runs = {label: groups[name][arm]}
-                ends += compare.draw(ax, runs, column, y, {label: colour})
+                ends += compare.draw(ax, {label: groups[name][arm]}, column, y, {label: colour})
             if name in SEVERAL:
                 for height, what in (CEILING, "one image"), (KNOWING, "its environment"):
                     ax.axhline(height, color="0.5", lw=0.8, ls=":")
@@ -464,7 +463,7 @@ def support_tables(path: Path) -> str:
     asked += [(f"more than {CEILING}, worst", [x.min() for x in maml.values()], CEILING)]
     for arm, support in OTHER_SUPPORTS:
         others = found.get((arm, support), {})
-        differences = [(maml[seed] - other).mean() for seed, other in others.items()]
+        differences = [(maml[s] - x).mean() for s, x in others.items() if s in maml]
         if differences:
             asked.append((f"better than {arm}, {support}", differences, 0.0))
     lines += ["", "| question | value | verdict |", "|---" * 3 + "|"]
