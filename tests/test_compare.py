@@ -11,8 +11,6 @@ from matplotlib.text import Text
 
 import compare
 
-COLUMNS = "phase,step,total_step,images,labels,flops,seconds,train_loss,accuracy,accuracy_adapted"
-COLUMNS += ",pretext_loss,pretext_loss_adapted"
 FINAL, STEPS = "final accuracy (%)", "steps to the baseline's final accuracy"
 
 
@@ -26,7 +24,7 @@ def write(root, name, curve, seed=0, before=0, every=10, flops=1000, adapted="",
     told |= {"steps": before + every * len(curve) - every} | arguments
     folder = Path(root, name, f"seed{seed}")
     folder.mkdir(parents=True)
-    (folder / "metrics.csv").write_text("\n".join([COLUMNS, *rows]) + "\n")
+    (folder / "metrics.csv").write_text("\n".join([compare.HEADER, *rows]) + "\n")
     (folder / "config.json").write_text(json.dumps({"arm": "any"} | told))
     return folder / "metrics.csv"
 
@@ -103,7 +101,7 @@ def test_each_seed_is_paired_with_the_baseline_of_its_own_seed(tmp_path):
 
 def test_a_csv_of_results_and_run_directories_give_the_same_table(tmp_path):
     write_two_arms(tmp_path / "runs")
-    lines = [f"run,seed,{COLUMNS}"]
+    lines = [f"run,seed,{compare.HEADER}"]
     for path in sorted(tmp_path.rglob("metrics.csv")):
         name, seed = path.parts[-3].removesuffix("-shapes"), path.parts[-2].removeprefix("seed")
         lines += [f"{name},{seed},{row}" for row in path.read_text().splitlines()[1:]]

@@ -1,20 +1,18 @@
 """results/experiment.py: verdicts, ceilings, and that its figures come from the CSV files."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_compare import write
 
 import compare
 import pretext
+from results import experiment
 
-RESULTS = Path(__file__).parents[1] / "results"
-spec = importlib.util.spec_from_file_location("experiment", RESULTS / "experiment.py")
-experiment = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(experiment)
+RESULTS = experiment.RESULTS
 
 
 def run(accuracies, seed=0, flops=1.0):
@@ -88,9 +86,19 @@ def test_the_folder_of_other_environments_has_their_shares(tmp_path, monkeypatch
     middle = data.images[:, :, 12:20, 12:20].float().mean((2, 3))
     green = (middle[:, 1] > middle[:, 0]).long()  # colour agrees with the label, or never does
     for environment, share in ((0, 1.0), (1, 0.0)):
-        own = data.environments == environment
-        found = (green == data.labels)[own].float().mean()
+        found = (green == data.labels)[data.environments == environment].float().mean()
         assert found == pytest.approx(share, abs=0 if photographs else 0.35)
+
+
+def test_gather_takes_the_rows_of_finished_runs_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    whole = write(tmp_path / "runs/where", "whole", [0.1, 0.5], seed=3)
+    write(tmp_path / "runs/where", "broken_off", [0.1], steps=99)
+    experiment.gather("where", tmp_path / "runs")
+    header, *rows = whole.read_text().splitlines()
+    written = (tmp_path / "where.csv").read_text().splitlines()
+    assert written == [f"run,seed,{header}", *(f"whole,3,{row}" for row in rows)]
+    assert "broken_off/seed0 is not finished" in capsys.readouterr().out
 
 
 def test_one_command_draws_every_figure_and_table_from_the_csv_files(tmp_path, monkeypatch, capsys):
@@ -102,5 +110,4 @@ def test_one_command_draws_every_figure_and_table_from_the_csv_files(tmp_path, m
     for name in ("steps", "flops", "paid_once", "outer_step"):
         with Image.open(tmp_path / f"{name}.png") as figure:
             assert figure.width > 1500
-    said = capsys.readouterr().out
-    assert said == (RESULTS / "report.md").read_text()
+    assert capsys.readouterr().out == (RESULTS / "report.md").read_text()
