@@ -168,12 +168,12 @@ class RelativePosition:
         targets = torch.randint(8, (count,), generator=generator, device=device)
         cell = torch.stack((torch.full_like(targets, 4), targets + (targets > 3)), 1).flatten()
         jitter = torch.randint(-unit, unit + 1, (2, 2 * count), generator=generator, device=device)
-        corner = unit + 11 * unit * torch.stack((cell // 3, cell % 3)) + jitter  # [2, 2N]
-        rows, columns = corner[..., None] + torch.arange(8 * unit, device=device)  # [2N, H/4] each
-        image = torch.arange(count, device=device).repeat_interleave(2).view(-1, 1, 1, 1)
-        channel = torch.arange(3, device=device)[:, None, None]
-        patches = images[image, channel, rows[:, None, :, None], columns[:, None, None]]
+        top, left = unit + 11 * unit * torch.stack((cell // 3, cell % 3)) + jitter  # [2N] each
+        windows = images.unfold(2, 8 * unit, 1).unfold(3, 8 * unit, 1)  # at every top and left
+        image = torch.arange(count, device=device).repeat_interleave(2)
+        patches = windows[image, :, top, left]  # [2N, 3, H/4, H/4]
 
+        channel = torch.arange(3, device=device).view(3, 1, 1)
         kept = torch.randint(3, (2 * count, 1, 1, 1), generator=generator, device=device)
         deviation = patches.std((2, 3), keepdim=True).gather(1, kept) / 100
         noise = torch.empty_like(patches).normal_(generator=generator)
@@ -197,14 +197,15 @@ class MaskedAutoencoding:
         return nn.Sequential(nn.Conv2d(channels, 3 * 64, 1), nn.PixelShuffle(8))
 
     def make_batch(self, images, indices, generator):
+        side = images.shape[-1] // 8  # of a patch
         ranks = draws(64, images, generator).T.argsort(1).argsort(1)
-        masked = (ranks < 48).view(-1, 1, 8, 1, 8, 1)
-        patches = images.unflatten(3, (8, -1)).unflatten(2, (8, -1))  # [N, 3, 8, H/8, 8, H/8]
-        variance, mean = torch.var_mean(patches, (1, 3, 5), keepdim=True)
+        masked = (ranks < 48).view(-1, 1, 8, 8)
+        patches = F.pixel_unshuffle(images, side)  # [N, 3 * side^2, 8, 8]
+        variance, mean = torch.var_mean(patches, 1, keepdim=True)
         normalised = (patches - mean) / (variance + 1e-6).sqrt()
-        targets = torch.cat((normalised, masked.expand_as(patches[:, :1])), 1)  # pixels, mask
         inputs = torch.where(masked, 0.5, patches)
-        return tuple(x.flatten(4).flatten(2, 3) for x in (inputs, targets))  # [N, 3 or 4, H, H]
+        targets = torch.cat((normalised, masked.expand(-1, side**2, -1, -1)), 1)  # pixels, mask
+        return F.pixel_shuffle(inputs, side), F.pixel_shuffle(targets, side)  # [N, 3 or 4, H, H]
 
     def loss(self, outputs, targets):
         pixels, masked = targets.to(outputs.dtype).split((3, 1), dim=1)
@@ -347,9 +348,8 @@ def decode(path: str, side: int) -> Tensor:
         image = ImageOps.exif_transpose(image).convert("RGB")
         return pil_to_tensor(ImageOps.fit(image, (side, side)))
     except Exception as error:  # Pillow's decoders raise all kinds
-        raise ValueError(
-            f"{path} is no image that Pillow reads ({error}); remove or convert it"
-        ) from error
+        why = f"{path} is no image that Pillow reads ({error})"
+        raise ValueError(f"{why}; remove or convert it") from error
 
 
 def load_folder(root: Path, data_dir: str, side: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -367,13 +367,13 @@ def load_folder(root: Path, data_dir: str, side: int) -> list[tuple[Tensor, Tens
     copy = Path(data_dir, f"decoded-{hashlib.sha256(state.encode()).hexdigest()[:16]}")
     with suppress(Exception):  # there is none yet, or it is damaged
         return torch.load(copy, weights_only=True)
-    places = [[Path(p).relative_to(s.root).parts[1:-1] for p, _ in s.samples] for s in sets]
-    names = sorted({*places[0]}) + sorted({*places[1]} - {*places[0]})  # training's first
-    decoded = []
-    for folder, place in zip(sets, places, strict=True):
+    names, decoded = [], []
+    for folder in sets:
+        places = [Path(path).relative_to(folder.root).parts[1:-1] for path, _ in folder.samples]
+        names += sorted({*places} - {*names})  # of the environments, training's first
         bar = tqdm(folder.samples, f"decoding {folder.root}", leave=False, disable=None)
         images = torch.stack([decode(path, side) for path, _ in bar])
-        environments = torch.tensor([names.index(p) for p in place])
+        environments = torch.tensor([names.index(place) for place in places])
         decoded.append((images, torch.tensor(folder.targets), environments))
     with suppress(OSError, RuntimeError):  # without a copy, the next run decodes again
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -394,10 +394,10 @@ def load(name: str, data_dir: str, side: int, device: str, source: bool = False)
         dist.barrier()  # the first process downloads and decodes, the others find it
     if name == "shapes":
         classes = "source" if source else "target"
-        splits = [draw_shapes(n, classes, seed) for n, seed in ((2000, 0), (1000, 1))]
+        splits = [draw_shapes(2000, classes, 0), draw_shapes(1000, classes, 1)]
     elif name == "coloured_shapes":
-        drawn = ((5000, (0.8, 0.1), 0), (1256, (0.8, 0.1, 0.9), 1))
-        splits = [draw_coloured_shapes(*each) for each in drawn]
+        train = draw_coloured_shapes(5000, (0.8, 0.1), 0)
+        splits = [train, draw_coloured_shapes(1256, (0.8, 0.1, 0.9), 1)]
     elif name in DATASETS:
         try:
             sets = [DATASETS[name][0](data_dir, train, download=True) for train in (True, False)]
@@ -405,8 +405,8 @@ def load(name: str, data_dir: str, side: int, device: str, source: bool = False)
             why = f"{name} is not in {data_dir} and can't be downloaded ({error}); remove what is"
             raise ValueError(f"{why} damaged; shapes and a folder need no network") from error
         splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
-        splits = [(x[..., None] if x.ndim == 3 else x, y) for x, y in splits]  # [M, H, W, 1 or 3]
-        splits = [(x.expand(-1, -1, -1, 3).movedim(3, 1), y) for x, y in splits]
+        # of colour images [M, H, W, 3], of gray ones [M, H, W] -> [M, 3 or 1, H, W]
+        splits = [(x.view(*x.shape[:3], -1).movedim(3, 1), y) for x, y in splits]
     elif Path(name).is_dir():
         splits = load_folder(Path(name), data_dir, side)
     else:
@@ -415,7 +415,7 @@ def load(name: str, data_dir: str, side: int, device: str, source: bool = False)
         dist.barrier()
     tensors = []
     for images, labels, *environments in splits:
-        tensors += [resize(images, [side, side]).contiguous(), labels]
+        tensors += [resize(images, [side, side]).expand(-1, 3, -1, -1).contiguous(), labels]
         tensors += environments or [torch.zeros_like(labels)]
     return Data(*(x.to(device) for x in tensors), flip=not is_gray(tensors[0]))
 
@@ -440,7 +440,8 @@ def limit_labels(data: Data, labels_per_class: int | None, eval_on: str, seed: i
         cut = val * max(1, budget // 5)
         held.append(members[:cut])
         kept.append(members[cut:budget])
-    train, held = tuple(x[torch.cat(kept)] for x in data[:3]), torch.cat(held)
+    kept, held = torch.cat(kept), torch.cat(held)
+    train = tuple(x[kept] for x in data[:3])
     test = tuple(x[held] for x in data[:3]) if val else data[3:6]
     scored, unlabelled = torch.ones_like(test[1], dtype=torch.bool), []
     alone = not train[2].any() and not test[2].any()  # one environment
@@ -448,8 +449,8 @@ def limit_labels(data: Data, labels_per_class: int | None, eval_on: str, seed: i
     for environment in home.unique():
         members = (home == environment).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=rng(seed, "evaluation")).to(home.device)
-        chosen = members[order[: 256 if alone else min(256, len(members) // 2)]]
-        mask = torch.zeros_like(home, dtype=torch.bool).index_fill(0, chosen, True)
+        count = 256 if alone else min(256, len(members) // 2)
+        mask = torch.zeros_like(home, dtype=torch.bool).index_fill(0, members[order[:count]], True)
         unlabelled.append((images, mask))
         if not alone:
             scored &= ~mask
@@ -473,19 +474,13 @@ def mirror(images: Tensor, generator: Generator, flip: bool) -> Tensor:
     return torch.where(coin * flip == 1, images.flip(3), images) / 255
 
 
-def augment(images: Tensor, generator: Generator, flip: bool) -> Tensor:
-    """uint8 [N, 3, H, H] -> in [0, 1], each moved by up to H/8 pixels and mirrored or not."""
+def shift(images: Tensor, generator: Generator) -> Tensor:
+    """[N, 3, H, H], each moved by up to H/8 pixels in both directions; what comes in is black."""
     n, _, side, _ = images.shape
-    draw = {"generator": generator, "device": images.device}
-    pixels = torch.arange(side, device=images.device)
-    rows, columns = (torch.randint(side // 4 + 1, (n, 1), **draw) + pixels for _ in range(2))
-    if flip:
-        coin = torch.randint(2, (n, 1), **draw)
-        columns = torch.where(coin == 1, columns.flip(1), columns)
-    padded = F.pad(images, [side // 8] * 4)
-    each = torch.arange(n, device=images.device)[:, None, None]
-    moved = padded[each, :, rows[:, :, None], columns[:, None, :]]  # [N, H, H, 3]
-    return moved.permute(0, 3, 1, 2).contiguous() / 255
+    how = {"generator": generator, "device": images.device}
+    top, left = (torch.randint(side // 4 + 1, (n,), **how) for _ in range(2))
+    windows = F.pad(images, [side // 8] * 4).unfold(2, side, 1).unfold(3, side, 1)
+    return windows[torch.arange(n, device=images.device), :, top, left]
 
 
 def labelled_batch(data: Data, step: int, size: int, seed: int, purpose: str = "query"):
@@ -498,15 +493,17 @@ def labelled_batch(data: Data, step: int, size: int, seed: int, purpose: str = "
         raise ValueError(f"--batch-size {size}: fewer than the {several} environments")
     for environment in range(several):
         members = (data.environments == environment).nonzero().squeeze(1)
+        name = f"{purpose} {environment}" if environment else purpose
         n, count = len(members), size // several + (environment < size % several)
-        begin, name = step * count, f"{purpose} {environment}" if environment else purpose
-        epochs = range(begin // n, (begin + count - 1) // n + 1)
+        begin = step * count
+        epochs = range(begin // n, (begin + count) // n + 1)
         orders = [torch.randperm(n, generator=rng(seed, name, epoch)) for epoch in epochs]
-        part = torch.cat(orders)[begin - epochs[0] * n :][:count]
+        part = torch.cat(orders)[begin % n :][:count]
         parts.append(members[part.to(members.device)])
     index = torch.cat(parts)
     generator = rng(seed, f"{purpose} augmentation", step, index.device)
-    return augment(data.images[index], generator, data.flip), data.labels[index], index
+    images = mirror(shift(data.images[index], generator), generator, data.flip)
+    return images, data.labels[index], index
 
 
 def pool(datasets: list[Data]) -> tuple[Tensor, Tensor]:
@@ -634,11 +631,11 @@ def draw_coloured_shapes(count: int, agreement: tuple, seed: int) -> tuple[Tenso
     Colour may tell more than shape, but what it tells depends on the environment.
     """
     rng, shapes = np.random.default_rng(seed), SHAPES["target"].split(",")
-    shape, colour, label = (torch.from_numpy(x) for x in coloured_labels(count, agreement, seed))
-    kinds = zip(shape.flatten().tolist(), colour.flatten().tolist(), strict=True)
-    pictures = [render(shapes[(3, 5)[s]], (0, 120)[c], 10, rng) for s, c in kinds]
+    kinds, colours, labels = (x.flatten() for x in coloured_labels(count, agreement, seed))
+    drawn = zip(kinds, colours, strict=True)
+    pictures = [render(shapes[(3, 5)[kind]], (0, 120)[colour], 10, rng) for kind, colour in drawn]
     environments = torch.arange(len(agreement)).repeat_interleave(count)
-    return lit(pictures, rng), label.flatten(), environments
+    return lit(pictures, rng), torch.from_numpy(labels), environments
 
 
 # --- the figure ---
