@@ -405,7 +405,7 @@ def load(name: str, data_dir: str, side: int, device: str, source: bool = False)
             why = f"{name} is not in {data_dir} and can't be downloaded ({error}); remove what is"
             raise ValueError(f"{why} damaged; shapes and a folder need no network") from error
         splits = [(torch.as_tensor(s.data), torch.as_tensor(s.targets)) for s in sets]
-        # of colour images [M, H, W, 3], of gray ones [M, H, W] -> [M, 3 or 1, H, W]
+        # [M, H, W, 3], or gray [M, H, W] -> [M, 3 or 1, H, W]
         splits = [(x.view(*x.shape[:3], -1).movedim(3, 1), y) for x, y in splits]
     elif Path(name).is_dir():
         splits = load_folder(Path(name), data_dir, side)
@@ -586,16 +586,16 @@ def render(outline: str, lean: float, spread: float, rng: np.random.Generator) -
     for ends in rng.uniform(0, 96, (3, 4)):
         pen.line(ends.tolist(), hsv(rng.uniform(0, 360), rng.uniform(20, 90)), 4)
     value = rng.uniform(70, 100)
-    for shift, bright in ((6j, 20), (-2j, value + 20), (0, value)):  # shadow, lit edge, shape
-        pen.polygon((polygon + shift).view(float).tolist(), hsv(hue, bright))
+    for offset, bright in ((6j, 20), (-2j, value + 20), (0, value)):  # shadow, lit edge, shape
+        pen.polygon((polygon + offset).view(float).tolist(), hsv(hue, bright))
     return np.asarray(picture.reduce(3), np.float32)
 
 
 def lit(pictures: list[np.ndarray], rng: np.random.Generator) -> Tensor:
     """-> uint8 [count, 3, 32, 32]: light falls from above, with some texture and noise."""
-    images, count = np.stack(pictures), len(pictures)
+    images = np.stack(pictures)
     y, x = np.mgrid[0:32, 0:32].astype(np.float32)[..., None]
-    dx, dy, phase = rng.uniform(-1, 1, (3, count, 1, 1, 1)).astype(np.float32)
+    dx, dy, phase = rng.uniform(-1, 1, (3, len(images), 1, 1, 1)).astype(np.float32)
     images *= 1.1 - 0.3 * y / 31 + 0.12 * np.sin(dx * x + dy * y + 3 * phase)
     images += 10 * rng.standard_normal(images.shape, np.float32)
     return torch.from_numpy(images.clip(0, 255).astype(np.uint8).transpose(0, 3, 1, 2).copy())
@@ -631,9 +631,10 @@ def draw_coloured_shapes(count: int, agreement: tuple, seed: int) -> tuple[Tenso
     Colour may tell more than shape, but what it tells depends on the environment.
     """
     rng, shapes = np.random.default_rng(seed), SHAPES["target"].split(",")
+    outlines, hues = (shapes[3], shapes[5]), (0, 120)  # star and ring, red and green
     kinds, colours, labels = (x.flatten() for x in coloured_labels(count, agreement, seed))
     drawn = zip(kinds, colours, strict=True)
-    pictures = [render(shapes[(3, 5)[kind]], (0, 120)[colour], 10, rng) for kind, colour in drawn]
+    pictures = [render(outlines[kind], hues[colour], 10, rng) for kind, colour in drawn]
     environments = torch.arange(len(agreement)).repeat_interleave(count)
     return lit(pictures, rng), torch.from_numpy(labels), environments
 
