@@ -26,6 +26,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,13 +64,13 @@ def adapt(loss, params, lr, steps, first_order=False, flat_memory=False):
         # w_{k+1} = w_k - alpha grad L(w_k)
         return {n: w - lr * g for (n, w), g in zip(params.items(), gradient, strict=True)}, value
 
-    before = None if steps else loss(params)
-    for _ in range(steps):
-        if flat_memory:
-            params, value = checkpoint(step, params, use_reentrant=False)
-        else:
-            params, value = step(params)
-        before = value if before is None else before
+    if steps == 0:
+        return params, loss(params)
+    if flat_memory:
+        step = partial(checkpoint, step, use_reentrant=False)
+    params, before = step(params)
+    for _ in range(steps - 1):
+        params, _ = step(params)
     return params, before
 
 
