@@ -97,13 +97,13 @@ def outer_loss(model, tasks, batches, images, labels, **inner):
 
 def main():
     args = parse_args()
-    where = (args.data_dir, args.image_size, args.device)
-    data = pretext.load(args.dataset, *where)
+    load = partial(pretext.load, data_dir=args.data_dir, side=args.image_size, device=args.device)
+    data = load(args.dataset)
     data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
-    shown = [data]  # whose images the pretext tasks may see
+    pretext_data = [data]  # whose images the pretext tasks may see
     if args.pretext_images == "both":
-        shown.append(pretext.load(args.source, *where, source=True))
-    pool, pool_environments = pretext.pool(shown)
+        pretext_data.append(load(args.source, source=True))
+    pool, pool_environments = pretext.pool(pretext_data)
     tasks = {name: pretext.TASKS[name](pool) for name in args.pretext}
     heads = {name: task.make_head for name, task in tasks.items()}
     model = make_model({"target": classifier(data.classes)} | heads, args)
@@ -153,7 +153,7 @@ def main():
         plain, adapted = (accuracy(p, data.test_labels) for p in (plain, votes))
         return (plain, adapted, before, after) if args.inner_steps else (plain, None, before, None)
 
-    run = Run(args, model, pretext.checksum(*shown))
+    run = Run(args, model, pretext.checksum(*pretext_data))
     train(run, "target", args.steps, model, backward, evaluate, args)
 
 

@@ -40,12 +40,12 @@ import pretext
 # --- the algorithm ---
 def main():
     args = parse_args()
-    where = (args.data_dir, args.image_size, args.device)
-    data = pretext.load(args.dataset, *where)
+    load = partial(pretext.load, data_dir=args.data_dir, side=args.image_size, device=args.device)
+    data = load(args.dataset)
     data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
-    heads, pretraining, shown = make_pretraining(data, where, args)
+    heads, pretraining, source = make_pretraining(data, load, args)
     model = make_model({"target": classifier(data.classes)} | heads, args)
-    run = Run(args, model, pretext.checksum(data, *shown))
+    run = Run(args, model, pretext.checksum(data, *source))
 
     def evaluate(averaged):
         probabilities = predict(averaged, {}, data.test_images)
@@ -78,8 +78,8 @@ def labelled_backward(data, head, args, model, step):
     return loss.item(), len(images), len(labels)
 
 
-def make_pretraining(data, where, args):
-    """-> the heads of pretraining, what adds the gradient of one of its steps, its own datasets.
+def make_pretraining(data, load, args):
+    """-> heads of pretraining, what adds the gradient of one of its steps, [the source] if needed.
 
     supervised: a labelled batch of the source. Pretext tasks: a batch of --batch-size images for
     each, drawn for it alone, as in 1708.07860; the loss is their mean.
@@ -87,7 +87,7 @@ def make_pretraining(data, where, args):
     if not args.pretrain_steps:
         return {}, None, []
     needed = args.pretrain == ["supervised"] or args.pretext_images != "target"
-    source = [pretext.load(args.source, *where, source=True)] if needed else []
+    source = [load(args.source, source=True)] if needed else []
     if args.pretrain == ["supervised"]:
         backward = partial(labelled_backward, source[0], "source", args)
         return {"source": classifier(source[0].classes)}, backward, source
