@@ -107,11 +107,11 @@ def main():
     tasks = {name: pretext.TASKS[name](pool) for name in args.pretext}
     heads = {name: task.make_head for name, task in tasks.items()}
     model = make_model({"target": classifier(data.classes)} | heads, args)
-    # Each task has an inner loop of its own and a share of the query, or all share one
+    # A group of tasks has one inner loop and a share of the query: each task is one, or all are
     together = args.inner == "joint" or not args.inner_steps
-    groups = [tasks] if together else [{name: task} for name, task in tasks.items()]
+    task_groups = [tasks] if together else [{name: task} for name, task in tasks.items()]
     inner = {"lr": args.inner_lr, "steps": args.inner_steps}
-    how = {"first_order": args.first_order, "flat_memory": args.flat_memory}
+    outer = inner | {"first_order": args.first_order, "flat_memory": args.flat_memory}
     transductive = args.support == "query"
 
     def backward(model, step):
@@ -119,8 +119,9 @@ def main():
         images, labels, index = pretext.labelled_batch(data, step, args.batch_size, args.seed)
         # [B, 3, H, H], [B], [B]; each inner loop gets a share of the B, without tasks one gets all
         environments = data.environments[index] if tasks else torch.zeros_like(index)
-        loops, total, seen, labelled = inner_loops(groups, environments), 0.0, 0, 0
-        for group, environment, share in loops[RANK::RANKS]:  # one graph is alive at a time
+        inner_loops = share_out(task_groups, environments)
+        total, seen, labelled = 0.0, 0, 0
+        for group, environment, share in inner_loops[RANK::RANKS]:  # one graph is alive at a time
             if transductive:
                 support = images[share], index[share]
             else:  # other images of the same environment
@@ -130,47 +131,51 @@ def main():
                     print(f"a support batch has {others.sum()} images: there are no more")
             purpose = f"pretext{environment or ''}"
             batches = pretext.batches(group, args.seed, purpose, step, *support)
-            query = images[share], labels[share]
-            loss, before = outer_loss(model, group, batches, *query, **inner, **how)
+            loss, before = outer_loss(model, group, batches, images[share], labels[share], **outer)
             loss = len(share) / len(index) * loss
-            (loss + args.pretext_weight * before / len(loops)).backward()
-            total, labelled = total + loss.item(), labelled + len(share)
+            (loss + args.pretext_weight * before / len(inner_loops)).backward()
+            total += loss.item()
+            labelled += len(share)
             seen += len(share) + max(1, args.inner_steps) * sum(len(x) for x, _ in batches.values())
         return total, seen, labelled
 
     def evaluate(averaged):
         """-> accuracy, the same after adapting, pretext loss, the same after adapting."""
-        params, plain = dict(averaged.named_parameters()), predict(averaged, {}, data.test_images)
-        votes, losses = torch.zeros_like(plain), []
+        probabilities = predict(averaged, {}, data.test_images)
+        plain = accuracy(probabilities, data.test_labels)
+        if not tasks:
+            return plain, None, None, None
+        params, votes, losses = dict(averaged.named_parameters()), 0 * probabilities, []
         for scored, *support in pretext.adaptations(data, transductive, args.batch_size):
-            batches = pretext.batches(tasks, args.seed, "evaluation", 0, *support)
-            for group in groups if tasks else ():
-                loss = pretext_loss(averaged, group, {t: batches[t] for t in group})
+            for group in task_groups:
+                batches = pretext.batches(group, args.seed, "evaluation", 0, *support)
+                loss = pretext_loss(averaged, group, batches)
                 adapted, before = adapt(loss, params, first_order=True, **inner)
                 losses.append([before.item(), loss(adapted).item()])
                 votes[scored] += predict(averaged, adapted, data.test_images[scored])
-        before, after = torch.tensor(losses).mean(0).tolist() if losses else (None, None)
-        plain, adapted = (accuracy(p, data.test_labels) for p in (plain, votes))
-        return (plain, adapted, before, after) if args.inner_steps else (plain, None, before, None)
+        before, after = torch.tensor(losses).mean(0).tolist()
+        if not args.inner_steps:
+            return plain, None, before, None
+        return plain, accuracy(votes, data.test_labels), before, after
 
     run = Run(args, model, pretext.checksum(*pretext_data))
     train(run, "target", args.steps, model, backward, evaluate, args)
 
 
-def inner_loops(groups, environments):
-    """-> (tasks, environment, share) for each inner loop of a step, the same in every process.
+def share_out(task_groups, environments):
+    """-> (group, environment, share) for each inner loop of a step, the same in every process.
 
     environments: of the query [B]. share: the positions in it, all of one environment, that fall to
-    these tasks.
+    this group.
     """
-    loops = []
+    inner_loops = []
     for environment in environments.unique().tolist():
-        own = (environments == environment).nonzero().squeeze(1)
-        if len(own) < len(groups):
+        members = (environments == environment).nonzero().squeeze(1)
+        if len(members) < len(task_groups):
             raise ValueError(f"--batch-size {len(environments)}: fewer images than inner loops")
-        shares = own.tensor_split(len(groups))
-        loops += [(g, environment, share) for g, share in zip(groups, shares, strict=True)]
-    return loops
+        for group, share in zip(task_groups, members.tensor_split(len(task_groups)), strict=True):
+            inner_loops.append((group, environment, share))
+    return inner_loops
 
 
 # --- shared: network ---
