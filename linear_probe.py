@@ -291,8 +291,8 @@ def train(run, phase, steps, model, backward, evaluate, args):
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # may change, and it is still the same run
-SPECIAL = {"shapes": {"steps": 300}}  # other defaults than the usual ones
-SPECIAL["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
+DEFAULTS = {"shapes": {"steps": 300}}  # of a dataset, where they are not the usual ones
+DEFAULTS["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
 
 
 def fail(message, code=2):
@@ -335,11 +335,10 @@ def common_arguments():
     return parser
 
 
-def parse(parser, **coloured_shapes):
-    """-> the arguments; each dataset has its own defaults. coloured_shapes: this arm's for that."""
-    special = {**SPECIAL, "coloured_shapes": {**SPECIAL["coloured_shapes"], **coloured_shapes}}
-    parser.epilog = f"Defaults that differ with --dataset: {special}"
-    parser.set_defaults(**special.get(parser.parse_args().dataset, {}))
+def parse(parser):
+    """-> the arguments, with the dataset's own defaults, and a name made of what is not default."""
+    parser.epilog = f"Defaults that differ with --dataset: {DEFAULTS}"
+    parser.set_defaults(**DEFAULTS.get(parser.parse_args().dataset, {}))
     args = parser.parse_args()
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]
     for key, value in vars(args).items():

@@ -145,7 +145,8 @@ def main():
         plain = accuracy(probabilities, data.test_labels)
         if not tasks:
             return plain, None, None, None
-        params, votes, losses = dict(averaged.named_parameters()), 0 * probabilities, []
+        params, losses = dict(averaged.named_parameters()), []
+        votes = torch.zeros_like(probabilities)
         for scored, *support in pretext.adaptations(data, transductive, args.batch_size):
             for group in task_groups:
                 batches = pretext.batches(group, args.seed, "evaluation", 0, *support)
@@ -361,8 +362,8 @@ def train(run, phase, steps, model, backward, evaluate, args):
 # --- shared: arguments ---
 ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
 ELSEWHERE |= {"torch", "torchvision"}  # may change, and it is still the same run
-SPECIAL = {"shapes": {"steps": 300}}  # other defaults than the usual ones
-SPECIAL["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
+DEFAULTS = {"shapes": {"steps": 300}}  # of a dataset, where they are not the usual ones
+DEFAULTS["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
 
 
 def fail(message, code=2):
@@ -405,11 +406,10 @@ def common_arguments():
     return parser
 
 
-def parse(parser, **coloured_shapes):
-    """-> the arguments; each dataset has its own defaults. coloured_shapes: this arm's for that."""
-    special = {**SPECIAL, "coloured_shapes": {**SPECIAL["coloured_shapes"], **coloured_shapes}}
-    parser.epilog = f"Defaults that differ with --dataset: {special}"
-    parser.set_defaults(**special.get(parser.parse_args().dataset, {}))
+def parse(parser):
+    """-> the arguments, with the dataset's own defaults, and a name made of what is not default."""
+    parser.epilog = f"Defaults that differ with --dataset: {DEFAULTS}"
+    parser.set_defaults(**DEFAULTS.get(parser.parse_args().dataset, {}))
     args = parser.parse_args()
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]
     for key, value in vars(args).items():
@@ -427,6 +427,9 @@ def parse(parser, **coloured_shapes):
 
 
 # --- the arm's own arguments ---
+DEFAULTS["coloured_shapes"] |= {"inner": "joint", "inner_lr": 3.0, "pretext_weight": 0.1}
+
+
 def parse_args():
     parser = common_arguments()
     parser.set_defaults(lr=2e-3)
@@ -443,7 +446,7 @@ def parse_args():
     add("--support", choices=support, default=support[0], help="query: its own images, unlabelled")
     add("--support-batch-size", type=int, default=32, help="images of each task")
     add("--pretext-images", choices=("target", "both"), default="target", help="both: source's too")
-    args = parse(parser, inner="joint", inner_lr=3.0, pretext_weight=0.1)
+    args = parse(parser)
     if min(args.inner_steps, args.support_batch_size) < 1 or args.inner_lr < 0:
         fail("--inner-steps and --support-batch-size: from 1 up; --inner-lr: from 0 up")
     if args.inner_lr == 0:
