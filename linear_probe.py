@@ -29,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch.func import functional_call
-from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -41,24 +40,22 @@ import pretext
 def main():
     args = parse_args()
     load = partial(pretext.load, data_dir=args.data_dir, side=args.image_size, device=args.device)
-    data = load(args.dataset)
-    data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
+    data = pretext.limit_labels(load(args.dataset), args.labels_per_class, args.eval_on, args.seed)
     heads, pretraining, source = make_pretraining(data, load, args)
     model = make_model({"target": classifier(data.classes)} | heads, args)
     run = Run(args, model, pretext.checksum(data, *source))
     frozen = []  # the encoder's parameters at each evaluation of the probe
 
     def evaluate(averaged):
-        frozen.append(parameters_to_vector(model.encoder.parameters()))
+        frozen.append(nn.utils.parameters_to_vector(model.encoder.parameters()))
         assert frozen[0].equal(frozen[-1]), "the probe has changed the encoder"
         probabilities = predict(averaged, {}, data.test_images)
         return accuracy(probabilities, data.test_labels), None, None, None
 
     # A head that a phase does not train stays out of its optimizer, or weight decay would move it
     model.heads["target"].requires_grad_(False)
-    nothing = lambda averaged: (None,) * 4  # noqa: E731
     if run.state["phase"] != "target":  # else it is over, and weights come with the checkpoint
-        averaged = train(run, "pretrain", args.pretrain_steps, model, pretraining, nothing, args)
+        averaged = train(run, "pretrain", args.pretrain_steps, model, pretraining, evaluate, args)
         model.load_state_dict(averaged.state_dict())
     model.requires_grad_(False)
     model.heads["target"].requires_grad_(True)
@@ -213,11 +210,9 @@ class Run:
 
     def save(self, row, **state):
         """Adds a row to the log and keeps what the run needs to go on from here."""
-        cells = ["" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for x in row]
-        rows = [*self.state["rows"], ",".join(cells)]
+        cells = [f"{x:.6g}" if isinstance(x, float) else x for x in row]
+        rows = [*self.state["rows"], ",".join("" if x is None else str(x) for x in cells)]
         self.state |= {"config": self.config, "rows": rows, **state}
-        if RANK > 0:
-            return
         if (self.log.exists() and self.log.read_text()) != self.written:
             raise ValueError(f"{self.folder}: another run has written there; take another --name")
         self.written = "\n".join([",".join(COLUMNS), *rows, ""])
@@ -234,7 +229,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
     """One phase: AdamW along what backward(model, step) adds to p.grad; -> the averaged model.
 
     backward -> loss, images and labels used. evaluate(averaged model) -> the four SCORES, each may
-    be None. Goes on from `run`'s last row of this phase, if it has one.
+    be None; pretraining has none. Goes on from `run`'s last row of this phase, if it has one.
     """
     state, first, flops, losses = run.state, 0, 0, []
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -249,13 +244,14 @@ def train(run, phase, steps, model, backward, evaluate, args):
 
     def record(step):
         bar.set_description("evaluating")
-        loss, scores = sum(losses) / len(losses) if losses else None, evaluate(averaged.module)
+        loss = sum(losses) / len(losses) if losses else None
         losses.clear()
+        scores = evaluate(averaged.module) if phase == "target" else [None] * len(SCORES)
         row = [phase, step, *(state[name] for name in COUNTS), loss, *scores]
-        run.save(row, phase=phase, step=step, **{n: p.state_dict() for n, p in parts.items()})
-        shown = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
-        said = "  ".join(f"{name} {x:.4f}" for name, x in shown.items() if x is not None)
+        results = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
+        said = "  ".join(f"{name} {x:.4f}" for name, x in results.items() if x is not None)
         if RANK == 0:
+            run.save(row, phase=phase, step=step, **{n: p.state_dict() for n, p in parts.items()})
             bar.write(f"{phase} {step:5}  {state['seconds']:6.0f} s  {said}")
         bar.set_description(phase)
 
@@ -270,10 +266,11 @@ def train(run, phase, steps, model, backward, evaluate, args):
         with nullcontext() if flops else counter:  # every step of a phase does the same work
             loss, images, labels = backward(model, step)
         flops = flops or counter.get_total_flops()
-        used = torch.tensor([loss, images, labels, flops], dtype=torch.float64, device=args.device)
-        for tensor in (used, *(p.grad for p in trained)) if RANKS > 1 else ():
-            dist.all_reduce(tensor)
-        loss, *work = used.tolist()
+        sums = torch.tensor([loss, images, labels, flops], dtype=torch.float64, device=args.device)
+        if RANKS > 1:
+            for tensor in (sums, *(p.grad for p in trained)):
+                dist.all_reduce(tensor)
+        loss, *work = sums.tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()
         if not math.isfinite(loss + norm):
             what = f"{phase} step {step + 1}: the loss is {loss}, its gradient's norm {norm}"
@@ -282,7 +279,8 @@ def train(run, phase, steps, model, backward, evaluate, args):
         averaged.update_parameters(model)
         losses.append(loss)
         work = (1, *map(int, work), time.perf_counter() - began)
-        state |= {name: state[name] + more for name, more in zip(COUNTS, work, strict=True)}
+        for name, more in zip(COUNTS, work, strict=True):
+            state[name] += more
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             record(step + 1)
     return averaged.module
@@ -303,9 +301,8 @@ def fail(message, code=2):
 
 def common_arguments():
     """-> a parser with what all arms have."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     parser.error = fail
     add = parser.add_argument_group("data").add_argument
     names = ", ".join(pretext.DATASETS)
@@ -359,10 +356,10 @@ def parse(parser):
 def parse_args():
     parser = common_arguments()
     add = parser.add_argument_group("algorithm").add_argument
-    kinds, shown = ("supervised", *pretext.TASKS), ("target", "source", "both")
+    kinds, whose = ("supervised", *pretext.TASKS), ("target", "source", "both")
     add("--pretrain", nargs="+", choices=kinds, default=[kinds[0]], help="labels, or pretext tasks")
     add("--pretrain-steps", type=int, help="of all --steps; 0: from scratch; None: three quarters")
-    add("--pretext-images", choices=shown, default=shown[0], help="whose the pretext tasks see")
+    add("--pretext-images", choices=whose, default=whose[0], help="whose the pretext tasks see")
     args = parse(parser)
     if args.pretrain_steps is None:
         args.pretrain_steps = 3 * args.steps // 4

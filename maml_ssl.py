@@ -98,8 +98,7 @@ def outer_loss(model, tasks, batches, images, labels, **inner):
 def main():
     args = parse_args()
     load = partial(pretext.load, data_dir=args.data_dir, side=args.image_size, device=args.device)
-    data = load(args.dataset)
-    data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
+    data = pretext.limit_labels(load(args.dataset), args.labels_per_class, args.eval_on, args.seed)
     pretext_data = [data]  # whose images the pretext tasks may see
     if args.pretext_images == "both":
         pretext_data.append(load(args.source, source=True))
@@ -112,7 +111,6 @@ def main():
     task_groups = [tasks] if together else [{name: task} for name, task in tasks.items()]
     inner = {"lr": args.inner_lr, "steps": args.inner_steps}
     outer = inner | {"first_order": args.first_order, "flat_memory": args.flat_memory}
-    transductive = args.support == "query"
 
     def backward(model, step):
         """Adds the outer gradient to every p.grad; -> classification loss, images, labels used."""
@@ -122,7 +120,7 @@ def main():
         inner_loops = share_out(task_groups, environments)
         total, seen, labelled = 0.0, 0, 0
         for group, environment, share in inner_loops[RANK::RANKS]:  # one graph is alive at a time
-            if transductive:
+            if args.support == "query":
                 support = images[share], index[share]
             else:  # other images of the same environment
                 others = (pool_environments == environment).index_fill(0, index, False)
@@ -141,23 +139,18 @@ def main():
 
     def evaluate(averaged):
         """-> accuracy, the same after adapting, pretext loss, the same after adapting."""
-        probabilities = predict(averaged, {}, data.test_images)
-        plain = accuracy(probabilities, data.test_labels)
-        if not tasks:
-            return plain, None, None, None
-        params, losses = dict(averaged.named_parameters()), []
-        votes = torch.zeros_like(probabilities)
-        for scored, *support in pretext.adaptations(data, transductive, args.batch_size):
-            for group in task_groups:
+        params, plain = dict(averaged.named_parameters()), predict(averaged, {}, data.test_images)
+        votes, losses = torch.zeros_like(plain), []
+        for scored, *support in pretext.adaptations(data, args.support == "query", args.batch_size):
+            for group in task_groups if tasks else ():
                 batches = pretext.batches(group, args.seed, "evaluation", 0, *support)
                 loss = pretext_loss(averaged, group, batches)
                 adapted, before = adapt(loss, params, first_order=True, **inner)
                 losses.append([before.item(), loss(adapted).item()])
                 votes[scored] += predict(averaged, adapted, data.test_images[scored])
-        before, after = torch.tensor(losses).mean(0).tolist()
-        if not args.inner_steps:
-            return plain, None, before, None
-        return plain, accuracy(votes, data.test_labels), before, after
+        before, after = torch.tensor(losses).mean(0).tolist() if losses else (None, None)
+        plain, adapted = (accuracy(p, data.test_labels) for p in (plain, votes))
+        return (plain, adapted, before, after) if args.inner_steps else (plain, None, before, None)
 
     run = Run(args, model, pretext.checksum(*pretext_data))
     train(run, "target", args.steps, model, backward, evaluate, args)
@@ -284,11 +277,9 @@ class Run:
 
     def save(self, row, **state):
         """Adds a row to the log and keeps what the run needs to go on from here."""
-        cells = ["" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for x in row]
-        rows = [*self.state["rows"], ",".join(cells)]
+        cells = [f"{x:.6g}" if isinstance(x, float) else x for x in row]
+        rows = [*self.state["rows"], ",".join("" if x is None else str(x) for x in cells)]
         self.state |= {"config": self.config, "rows": rows, **state}
-        if RANK > 0:
-            return
         if (self.log.exists() and self.log.read_text()) != self.written:
             raise ValueError(f"{self.folder}: another run has written there; take another --name")
         self.written = "\n".join([",".join(COLUMNS), *rows, ""])
@@ -305,7 +296,7 @@ def train(run, phase, steps, model, backward, evaluate, args):
     """One phase: AdamW along what backward(model, step) adds to p.grad; -> the averaged model.
 
     backward -> loss, images and labels used. evaluate(averaged model) -> the four SCORES, each may
-    be None. Goes on from `run`'s last row of this phase, if it has one.
+    be None; pretraining has none. Goes on from `run`'s last row of this phase, if it has one.
     """
     state, first, flops, losses = run.state, 0, 0, []
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -320,13 +311,14 @@ def train(run, phase, steps, model, backward, evaluate, args):
 
     def record(step):
         bar.set_description("evaluating")
-        loss, scores = sum(losses) / len(losses) if losses else None, evaluate(averaged.module)
+        loss = sum(losses) / len(losses) if losses else None
         losses.clear()
+        scores = evaluate(averaged.module) if phase == "target" else [None] * len(SCORES)
         row = [phase, step, *(state[name] for name in COUNTS), loss, *scores]
-        run.save(row, phase=phase, step=step, **{n: p.state_dict() for n, p in parts.items()})
-        shown = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
-        said = "  ".join(f"{name} {x:.4f}" for name, x in shown.items() if x is not None)
+        results = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
+        said = "  ".join(f"{name} {x:.4f}" for name, x in results.items() if x is not None)
         if RANK == 0:
+            run.save(row, phase=phase, step=step, **{n: p.state_dict() for n, p in parts.items()})
             bar.write(f"{phase} {step:5}  {state['seconds']:6.0f} s  {said}")
         bar.set_description(phase)
 
@@ -341,10 +333,11 @@ def train(run, phase, steps, model, backward, evaluate, args):
         with nullcontext() if flops else counter:  # every step of a phase does the same work
             loss, images, labels = backward(model, step)
         flops = flops or counter.get_total_flops()
-        used = torch.tensor([loss, images, labels, flops], dtype=torch.float64, device=args.device)
-        for tensor in (used, *(p.grad for p in trained)) if RANKS > 1 else ():
-            dist.all_reduce(tensor)
-        loss, *work = used.tolist()
+        sums = torch.tensor([loss, images, labels, flops], dtype=torch.float64, device=args.device)
+        if RANKS > 1:
+            for tensor in (sums, *(p.grad for p in trained)):
+                dist.all_reduce(tensor)
+        loss, *work = sums.tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()
         if not math.isfinite(loss + norm):
             what = f"{phase} step {step + 1}: the loss is {loss}, its gradient's norm {norm}"
@@ -353,7 +346,8 @@ def train(run, phase, steps, model, backward, evaluate, args):
         averaged.update_parameters(model)
         losses.append(loss)
         work = (1, *map(int, work), time.perf_counter() - began)
-        state |= {name: state[name] + more for name, more in zip(COUNTS, work, strict=True)}
+        for name, more in zip(COUNTS, work, strict=True):
+            state[name] += more
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             record(step + 1)
     return averaged.module
@@ -374,9 +368,8 @@ def fail(message, code=2):
 
 def common_arguments():
     """-> a parser with what all arms have."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     parser.error = fail
     add = parser.add_argument_group("data").add_argument
     names = ", ".join(pretext.DATASETS)
