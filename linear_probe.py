@@ -231,15 +231,12 @@ def train(run, phase, steps, model, backward, evaluate, args):
     backward -> loss, images and labels used. evaluate(averaged model) -> the four SCORES, each may
     be None; pretraining has none. Goes on from `run`'s last row of this phase, if it has one.
     """
-    state, first, flops, losses = run.state, 0, 0, []
+    state, flops, losses = run.state, 0, []
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    if state["phase"] == phase:
-        first = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+    first = state["step"] if state["phase"] == phase else 0
     bar = tqdm(range(first, steps), phase, initial=first, total=steps, disable=RANK > 0)
 
     def record(step):
@@ -255,7 +252,10 @@ def train(run, phase, steps, model, backward, evaluate, args):
             bar.write(f"{phase} {step:5}  {state['seconds']:6.0f} s  {said}")
         bar.set_description(phase)
 
-    if phase == "target" and state["phase"] != phase:
+    if state["phase"] == phase:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    elif phase == "target":
         record(0)
     for step in bar:
         began = time.perf_counter()
