@@ -89,12 +89,13 @@ def make_pretraining(data, load, args):
     if args.pretrain == ["supervised"]:
         backward = partial(labelled_backward, source[0], "source", args)
         return {"source": classifier(source[0].classes)}, backward, source
-    pool, home = pretext.pool(source if args.pretext_images == "source" else [data, *source])
+    pool, _ = pretext.pool(source if args.pretext_images == "source" else [data, *source])
+    any_image = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
     tasks = {name: pretext.TASKS[name](pool) for name in args.pretrain}
 
     def backward(model, step):
         mine = dict([*tasks.items()][RANK::RANKS])
-        support = pool, torch.ones_like(home, dtype=torch.bool), args.batch_size, data.flip
+        support = pool, any_image, args.batch_size, data.flip
         batches = pretext.batches(mine, args.seed, "pretext", step, *support)
         losses = [mine[t].loss(model(x, t), y) / len(tasks) for t, (x, y) in batches.items()]
         for loss in losses:
