@@ -154,8 +154,9 @@ class RelativePosition:
     loss = staticmethod(F.cross_entropy)
 
     def __init__(self, images):
-        if images.shape[-1] % 32:
-            raise ValueError("relative_position needs patches of H/32 pixels: use --image-size 32")
+        if (side := images.shape[-1]) % 32:
+            needs = "relative_position needs a multiple of 32 pixels"
+            raise ValueError(f"{needs}, not {side}: use --image-size 32")
 
     def make_head(self, channels):
         pair = (nn.Unflatten(0, (-1, 2)), nn.Flatten())  # [2N, C] -> [N, 2C]

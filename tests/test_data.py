@@ -205,8 +205,8 @@ def test_augmentation_shifts_and_mirrors_each_image_by_itself_into_black(flip):
         places[moved.numpy().tobytes()] = dy, dx, False
         places[moved.flip(2).numpy().tobytes()] = dy, dx, True
     generator = torch.Generator().manual_seed(0)
-    out = pretext.shift(image.expand(600, -1, -1, -1), generator)
-    out = pretext.mirror(out, generator, flip)
+    shifted = pretext.shift(image.expand(600, -1, -1, -1), generator)
+    out = pretext.mirror(shifted, generator, flip)
     found = [places[x.numpy().tobytes()] for x in (out * 255).round().byte()]  # KeyError: none
     assert len({*found}) == (50 if flip else 25)
     assert 220 < sum(place[2] for place in found) < 380 or not flip

@@ -272,7 +272,7 @@ ANY = """
 """
 MAML = """
 --first-order --pretext-weight 0 : --first-order : --pretext-weight 0
---image-size 40 --pretext relative_position : relative_position : 40 : --image-size 64
+--image-size 40 --pretext relative_position : relative_position : 40 : --image-size 32
 --inner-steps -1 : --inner-steps
 --inner-lr -1 : --inner-lr
 --support-batch-size 0 : --support-batch-size
