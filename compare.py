@@ -1,7 +1,4 @@
-"""Compare runs, `python compare.py runs`: accuracy against steps as a figure, and a short table.
-
-Reached: from there on never below what the run of the same seed of the baseline ended with.
-"""
+"""Compare runs, `python compare.py runs`: accuracy against steps as a figure, and a short table."""
 
 import argparse
 import json
@@ -119,7 +116,8 @@ def first_for_good(x: np.ndarray, accuracy: np.ndarray, goal: float) -> float:
 
 
 def reach(run: Run, base: Run) -> list[float]:
-    """[steps to what `base` ended with, these over all of its, FLOPs over its]; NaN: never."""
+    """[steps from which on `run` is never below what `base`, of its seed, ended with; these over
+    all steps of `base`; FLOPs until there over its FLOPs]; NaN: never."""
     steps = first_for_good(run.log["total_step"], run.log["accuracy"], base.log["accuracy"][-1])
     flops = np.interp(steps, run.log["total_step"], run.log["flops"])
     return [steps, steps / base.log["total_step"][-1], flops / base.log["flops"][-1]]
@@ -216,7 +214,8 @@ def main(argv: list[str] | None = None) -> None:
             text = f"{dataset}, baseline: {note}\n\n{table(arms, baseline)}\n"
             (out / f"{dataset}.md").write_text(text, encoding="utf-8")
             with rc_context(STYLE):
-                canvas = figure.Figure((4.2, max(2.5, 0.5 * len(arms))), layout="constrained")
+                height = 2.5 + "".join(arms).count("=") / 8  # flags: a line each, beside the curve
+                canvas = figure.Figure((4.2, height), layout="constrained")
                 ax = canvas.subplots(subplot_kw={"title": dataset})
                 label_ends(ax, draw(ax, arms, args.x, args.y))
                 canvas.savefig(out / f"{dataset}.png", dpi=300)
