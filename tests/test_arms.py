@@ -267,8 +267,7 @@ def test_readme_commands_run_with_small_sizes(tmp_path, monkeypatch):
         for script, flags in re.findall(r"\bpython (\w+\.py)([^#\n]*)", block):
             scripts.append(script)
             small = [*TINY, "--steps", "2"] if script[:-3] in ARMS else []
-            words = flags.replace("--labels-per-class 500", "--labels-per-class 6").split()
-            monkeypatch.setattr(sys, "argv", [script, *words, *small])
+            monkeypatch.setattr(sys, "argv", [script, *flags.replace("500", "6").split(), *small])
             runpy.run_path(str(ROOT / script), run_name="__main__")
     assert {*scripts} == {path.name for path in ROOT.glob("*.py")}
     assert len([*tmp_path.glob("runs/*/seed0/metrics.csv")]) == len(scripts) - 2

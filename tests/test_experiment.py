@@ -1,7 +1,6 @@
 """results/experiment.py: verdicts, ceilings, and that its figures come from the CSV files."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ def run(accuracies, seed=0, flops=1.0):
     log["step"] = log["total_step"] = 100 * np.arange(len(accuracies))
     log["flops"], log["accuracy"] = flops * log["step"], accuracies
     log["accuracy_adapted"] = np.nan
-    return compare.Run("arm", "photos", seed, log[:0], log, True, Path())
+    return compare.Run("arm", "photos", seed, log[:0], log, True, None)
 
 
 def test_each_count_is_the_one_that_its_question_names():
@@ -45,9 +44,7 @@ def test_verdicts_pair_each_seed_with_its_own_baseline():
 
 
 def test_censored_seeds_never_support_and_refute_from_five_on():
-    below, none = np.full(5, 0.4), np.zeros(5, bool)
-    judge = experiment.judge
-    spread = below + np.arange(5) / 100
+    judge, spread, none = experiment.judge, 0.4 + np.arange(5) / 100, np.zeros(5, bool)
     assert judge(spread, none, 1.0, less=True)[1] == "supported"
     assert judge(spread, np.arange(5) == 2, 1.0, less=True)[1] == "undecided"
     assert judge(spread, ~none, 1.0, less=True)[1] == "refuted"
@@ -108,6 +105,5 @@ def test_one_command_draws_every_figure_and_table_from_the_csv_files(tmp_path, m
     monkeypatch.setattr("sys.argv", ["experiment.py", "report"])
     experiment.main()
     for name in ("steps", "flops", "paid_once", "outer_step"):
-        with Image.open(tmp_path / f"{name}.png") as figure:
-            assert figure.width > 1500
+        assert Image.open(tmp_path / f"{name}.png").width > 1500
     assert capsys.readouterr().out == (RESULTS / "report.md").read_text()
