@@ -81,7 +81,7 @@ def make_pretraining(data, load, args):
     """-> heads of pretraining, what adds the gradient of one of its steps, [the source] if needed.
 
     supervised: a labelled batch of the source. Pretext tasks: a batch of --batch-size images for
-    each, drawn for it alone, as in 1708.07860; the loss is their mean.
+    each, drawn for it alone; the loss is their mean.
     """
     if not args.pretrain_steps:
         return {}, None, []
