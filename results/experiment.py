@@ -151,19 +151,14 @@ QUESTIONS = [  # each is asked wherever two seeds of both arms were run
     ("fewer steps without MAML", "scratch", ["fine-tuned", *FINE_TUNED], ["total_step"]),
     ("better than fine-tuning", "maml", FINE_TUNED, ["end"]),
     ("better than nothing", "maml", ["scratch"], BOTH),
+    ("better than nothing", "maml-alpha-1", ["scratch"], BOTH),
+    ("better than nothing", "colorization", ["scratch"], BOTH),
     ("the inner loop helps", "maml", ["joint", "no-inner-loop"], BOTH),
     ("the second order helps", "maml", ["first-order"], BOTH),
     ("the content of the tasks helps", "maml", ["random-labels"], BOTH),
     ("better than pretraining on the same tasks", "maml", ["self-supervised"], BOTH),
     ("better than fine-tuning", "maml", ["fine-tuned"], BOTH),
     ("several tasks help", "maml", ["colorization"], ["end"]),
-]
-TINTED_QUESTIONS = [
-    ("better than nothing", "maml", ["scratch"], ["end"]),
-    ("better than nothing", "maml-alpha-1", ["scratch"], ["end"]),
-    ("better than nothing", "colorization", ["scratch"], ["end"]),
-    ("the inner loop helps", "maml", ["joint"], ["end"]),
-    ("better than fine-tuning", "maml", ["fine-tuned"], ["end"]),
 ]
 SEVERAL = ("environments", "tinted")  # protocols with several environments
 # Mean over the three environments (%): the most that a rule for one image can reach, for a quarter
@@ -223,11 +218,10 @@ def judge(values: list[float], censored: list[bool], null: float, less: bool) ->
     return f"{mean:.2f} ± {half:.2f}", word
 
 
-def verdicts(name: str, arms: dict[str, list[compare.Run]]) -> str:
+def verdicts(arms: dict[str, list[compare.Run]]) -> str:
     """The table of all questions that the runs answer."""
     rows = []
-    questions = TINTED_QUESTIONS if name == "tinted" else QUESTIONS
-    for question, arm, others, counts in questions:
+    for question, arm, others, counts in QUESTIONS:
         for against, count in product(others, counts):
             base = {run.seed: run for run in arms.get(against, [])}
             pairs = [(run, base[run.seed]) for run in arms.get(arm, []) if run.seed in base]
@@ -487,7 +481,7 @@ def report() -> None:
                 arm: [until(run, horizon) for run in runs] for arm, runs in groups[name].items()
             }
             baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
-            parts += [f"## {title}", compare.table(arms, baseline), verdicts(name, arms)]
+            parts += [f"## {title}", compare.table(arms, baseline), verdicts(arms)]
         if (path := RESULTS / f"{name}_support.csv").exists():
             parts += [f"## {name}: adapted to what", support_tables(path)]
     text = "\n\n".join(part for part in parts if part) + "\n"

@@ -38,7 +38,7 @@ def test_verdicts_pair_each_seed_with_its_own_baseline():
     ends = (0.5, 0.6, 0.7)  # far apart, the arm always half a point above its own baseline
     arms = {"maml": [run([0, end + 0.005 + i / 1e5], i) for i, end in enumerate(ends)]}
     arms["scratch"] = [run([0, end], i) for i, end in enumerate(ends)]
-    lines = experiment.verdicts("photos", arms).splitlines()
+    lines = experiment.verdicts(arms).splitlines()
     (line,) = (x for x in lines if "better than nothing | maml | scratch | end" in x)
     assert "0.50 ± 0.00" in line and "supported" in line
 
