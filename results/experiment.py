@@ -5,9 +5,9 @@
     python results/experiment.py report                      # figures and verdicts, from the CSVs
 
 `run` keeps logs and checkpoints below runs/PROTOCOL/. What is tried (TRIALS) and what is asked
-(QUESTIONS) was written down before the runs, but for steps and FLOPs on photographs, and
-colorization against from scratch. CIFAR-10 and the source, 100 classes of Tiny ImageNet,
-are folders of images in data/.
+(QUESTIONS) was written down before the runs. Asked afterwards: on photographs steps, FLOPs and MAML
+against colorization; on shapes colorization against from scratch. CIFAR-10 and the source, 100
+classes of Tiny ImageNet, are folders of images in data/.
 """
 
 import argparse
