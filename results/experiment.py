@@ -36,7 +36,7 @@ import pretext  # noqa: E402
 # --- what is run: {protocol: (seeds, {run: command})} ---
 # CIFAR-10, with the arms' own defaults where none is given. Pretraining takes a quarter, a half or
 # three quarters of the steps; the headline takes the share that validation prefers over the seeds
-# 100 to 102 (protocol shares); all are reported.
+# 100 to 102 (protocol shares, and shares-10000); all are reported.
 SHARES = (25, 50, 75)
 
 
@@ -57,7 +57,9 @@ def cifar(labels: int = 500, steps: int = 2000) -> dict[str, str]:
 
 
 PHOTOS = cifar()
-PRETRAINED = [f"{arm}-{share}" for arm in ("fine-tuned", "probed") for share in SHARES]
+FINE_TUNED = [f"fine-tuned-{share}" for share in SHARES]
+PRETRAINED = FINE_TUNED + [f"probed-{share}" for share in SHARES]
+LONG = {arm: f"{cifar(steps=10000)[arm]} --eval-on val" for arm in FINE_TUNED}
 SELF_SUPERVISED = "--pretrain rotation colorization masked_autoencoding contrastive"
 CONTROLS = {
     "first-order": f"{PHOTOS['maml']} --first-order",
@@ -70,6 +72,7 @@ TRIAL = "--steps 600 --eval-on val"
 # An inner loop that moves: of these the one with the best validation accuracy among those whose
 # inner step lowers the pretext loss at the evaluation by a tenth or more (seed 100)
 MOVING = {f"alpha-{a}": f"{PHOTOS['maml']} --inner-lr {a} {TRIAL}" for a in (0.1, 0.3, 1, 3)}
+MOVING |= {f"{run}-5-steps": f"{MOVING[run]} --inner-steps 5" for run in ("alpha-0.1", "alpha-1")}
 # Eight settings for each arm with several environments. Chosen is, with seed 100, the best mean
 # accuracy over the training environments' validation images after the last step, adapted where
 # the arm adapts; of equal ones the first. Where adapting arms have trials within two points of the
@@ -132,6 +135,7 @@ PROTOCOLS = {
     "steps-10000": (range(3), cifar(steps=10000)),
     "moving-tune": ([100], MOVING),
     "shares": ([100, 101, 102], {arm: f"{PHOTOS[arm]} --eval-on val" for arm in PRETRAINED}),
+    "shares-10000": ([100, 101, 102], LONG),
     "tinted": (range(3), TINTED),
     "tune": ([100], TUNE),
     "tune-again": ([101, 102], {trial: TUNE[trial] for trial in CLOSE}),
@@ -142,7 +146,6 @@ PROTOCOLS = {
 # --- what is asked, and how it is judged: (question, arm, each of these against, counted in) ---
 # total_step, step, flops: where the arm has for good what the other ends with, over all that the
 # other used. end: points at the end, at equal steps. equal FLOPs: points where the cheaper ends.
-FINE_TUNED = [f"fine-tuned-{share}" for share in SHARES]
 BOTH = ["end", "equal FLOPs"]
 QUESTIONS = [  # each is asked wherever two seeds of both arms were run
     *[(f"as worded: fewer steps, {a[-2:]}%", "maml", [a], ["total_step"]) for a in PRETRAINED],
