@@ -153,6 +153,8 @@ QUESTIONS = [  # each is asked wherever two seeds of both arms were run
     ("fewer steps on the desired task alone", "maml", FINE_TUNED, ["step"]),
     ("fewer FLOPs", "maml", ["fine-tuned", *FINE_TUNED], ["flops"]),
     ("fewer steps without MAML", "scratch", ["fine-tuned", *FINE_TUNED], ["total_step"]),
+    ("fewer steps with source images", "maml-both", FINE_TUNED, ["total_step"]),
+    ("source images help", "maml-both", ["maml"], ["end"]),
     ("better than fine-tuning", "maml", FINE_TUNED, ["end"]),
     ("better than nothing", "maml", ["scratch"], BOTH),
     ("better than nothing", "maml-alpha-1", ["scratch"], BOTH),
