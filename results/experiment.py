@@ -66,6 +66,7 @@ CONTROLS = {
     "random-labels": f"{PHOTOS['maml']} --pretext random_labels",
     "self-supervised": f"{PHOTOS['fine-tuned-25']} {SELF_SUPERVISED}",
     "no-inner-loop": f"{PHOTOS['maml']} --inner-lr 0",
+    "joint-settings": f"{PHOTOS['maml']} --lr .001 --pretext-weight .03",
     "maml-both": f"{PHOTOS['maml']} --pretext-images both",
 }
 TRIAL = "--steps 600 --eval-on val"
@@ -160,6 +161,7 @@ QUESTIONS = [  # each is asked wherever two seeds of both arms were run
     ("better than nothing", "maml-alpha-1", ["scratch"], BOTH),
     ("better than nothing", "colorization", ["scratch"], BOTH),
     ("the inner loop helps", "maml", ["joint", "no-inner-loop"], BOTH),
+    ("the inner loop helps, joint's settings", "joint-settings", ["joint", "scratch"], BOTH),
     ("the second order helps", "maml", ["first-order"], BOTH),
     ("the content of the tasks helps", "maml", ["random-labels"], BOTH),
     ("better than pretraining on the same tasks", "maml", ["self-supervised"], BOTH),
