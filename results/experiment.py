@@ -68,6 +68,7 @@ CONTROLS = {
     "no-inner-loop": f"{PHOTOS['maml']} --inner-lr 0",
     "joint-settings": f"{PHOTOS['maml']} --lr .001 --pretext-weight .03",
     "maml-both": f"{PHOTOS['maml']} --pretext-images both",
+    "joint-tuned": f"{PHOTOS['joint']} --pretext-weight .3",  # what TUNE_PHOTOS chose
 }
 TRIAL = "--steps 600 --eval-on val"
 # An inner loop that moves: of these the one with the best validation accuracy among those whose
@@ -173,7 +174,7 @@ QUESTIONS = [  # each is asked wherever two seeds of both arms were run
     ("better than nothing", "maml", ["scratch"], BOTH),
     ("better than nothing", "maml-alpha-1", ["scratch"], BOTH),
     ("better than nothing", "colorization", ["scratch"], BOTH),
-    ("the inner loop helps", "maml", ["joint", "no-inner-loop"], BOTH),
+    ("the inner loop helps", "maml", ["joint", "joint-tuned", "no-inner-loop"], BOTH),
     ("the inner loop helps, joint's settings", "joint-settings", ["joint", "scratch"], BOTH),
     ("the second order helps", "maml", ["first-order"], BOTH),
     ("the content of the tasks helps", "maml", ["random-labels"], BOTH),
