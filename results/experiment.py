@@ -84,7 +84,7 @@ TUNE_PHOTOS = {
     f"{arm}-{lr}-{weight}": f"{PHOTOS[arm]} --lr {lr} --pretext-weight {weight} {TRIAL}"
     for arm, lr, weight in GRID
 }
-FAR = ("joint-.0005-.3", "joint-.001-1", "joint-.002-.1", "maml-.002-1")
+FAR = ("joint-.0005-.3", "joint-.001-1", "joint-.002-.1", "maml-.0005-.03", "maml-.002-1")
 TUNE_PHOTOS_AGAIN = {run: flags for run, flags in TUNE_PHOTOS.items() if run not in FAR}
 # Eight settings for each arm with several environments. Chosen is, with seed 100, the best mean
 # accuracy over the training environments' validation images after the last step, adapted where
