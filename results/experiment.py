@@ -68,7 +68,7 @@ CONTROLS = {
     "no-inner-loop": f"{PHOTOS['maml']} --inner-lr 0",
     "joint-settings": f"{PHOTOS['maml']} --lr .001 --pretext-weight .03",
     "maml-both": f"{PHOTOS['maml']} --pretext-images both",
-    "joint-tuned": f"{PHOTOS['joint']} --pretext-weight .3",  # what TUNE_PHOTOS chose
+    "joint-tuned": f"{PHOTOS['joint']} --pretext-weight .3",  # of TUNE_PHOTOS the best
 }
 TRIAL = "--steps 600 --eval-on val"
 # An inner loop that moves: of these the one with the best validation accuracy among those whose
@@ -76,16 +76,14 @@ TRIAL = "--steps 600 --eval-on val"
 MOVING = {f"alpha-{a}": f"{PHOTOS['maml']} --inner-lr {a} {TRIAL}" for a in (0.1, 0.3, 1, 3)}
 MOVING |= {f"{run}-5-steps": f"{MOVING[run]} --inner-steps 5" for run in ("alpha-0.1", "alpha-1")}
 # MAML and joint training on photographs, tuned again with the same eight settings, and with one
-# more beyond each edge that the best of an arm lies on: chosen is the best on validation with seed
-# 100; of those within two points of it (all but FAR) the best mean of three seeds
+# more beyond each edge that the best of an arm lies on. Seeds 101 and 102 are for what is within
+# two points of an arm's best with seed 100 (`run tune-photos --only ...`): there the mean decides
 GRID = [*product(("maml", "joint"), (".001", ".002"), (".03", ".1", ".3", "1"))]
 GRID += [("joint", ".0005", ".3"), ("maml", ".0005", ".03"), ("maml", ".001", ".01")]
 TUNE_PHOTOS = {
     f"{arm}-{lr}-{weight}": f"{PHOTOS[arm]} --lr {lr} --pretext-weight {weight} {TRIAL}"
     for arm, lr, weight in GRID
 }
-FAR = ("joint-.0005-.3", "joint-.001-1", "joint-.002-.1", "maml-.0005-.03", "maml-.002-1")
-TUNE_PHOTOS_AGAIN = {run: flags for run, flags in TUNE_PHOTOS.items() if run not in FAR}
 # Eight settings for each arm with several environments. Chosen is, with seed 100, the best mean
 # accuracy over the training environments' validation images after the last step, adapted where
 # the arm adapts; of equal ones the first. Where adapting arms have trials within two points of the
@@ -147,8 +145,7 @@ PROTOCOLS = {
     "labels-5000": (range(3), cifar(labels=5000)),
     "steps-10000": (range(3), cifar(steps=10000)),
     "moving-tune": ([100], MOVING),
-    "tune-photos": ([100], TUNE_PHOTOS),
-    "tune-photos-again": ([101, 102], TUNE_PHOTOS_AGAIN),
+    "tune-photos": ([100, 101, 102], TUNE_PHOTOS),
     "shares": ([100, 101, 102], {arm: f"{PHOTOS[arm]} --eval-on val" for arm in PRETRAINED}),
     "shares-10000": ([100, 101, 102], LONG),
     "tinted": (range(3), TINTED),
