@@ -5,9 +5,10 @@
     python results/experiment.py report                      # figures and verdicts, from the CSVs
 
 `run` keeps logs and checkpoints below runs/PROTOCOL/. What is tried (TRIALS) and what is asked
-(QUESTIONS) was written down before the runs. Asked afterwards: on photographs steps, FLOPs and MAML
-against colorization; on shapes colorization against from scratch. CIFAR-10 and the source, 100
-classes of Tiny ImageNet, are folders of images in data/.
+(QUESTIONS) was written down before the runs. Asked afterwards: on CIFAR-10 MAML against joint
+training, both retuned; on photographs steps, FLOPs and MAML against colorization; on shapes
+colorization against from scratch. CIFAR-10 and the source, 100 classes of Tiny ImageNet, are
+folders of images in data/.
 """
 
 import argparse
@@ -173,6 +174,7 @@ QUESTIONS = [  # each is asked wherever two seeds of both arms were run
     ("better than nothing", "colorization", ["scratch"], BOTH),
     ("the inner loop helps", "maml", ["joint", "joint-tuned", "no-inner-loop"], BOTH),
     ("the inner loop helps, joint's settings", "joint-settings", ["joint", "scratch"], BOTH),
+    ("the inner loop helps, both retuned", "joint-settings", ["joint-tuned"], BOTH),
     ("the second order helps", "maml", ["first-order"], BOTH),
     ("the content of the tasks helps", "maml", ["random-labels"], BOTH),
     ("better than pretraining on the same tasks", "maml", ["self-supervised"], BOTH),
