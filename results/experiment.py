@@ -417,9 +417,9 @@ def draw_answer(groups: dict, column: str, path: Path) -> None:
                     label, y = "MAML, adapted", "accuracy_adapted"
                 ends += compare.draw(ax, {label: groups[name][arm]}, column, y, {label: colour})
             if name in SEVERAL:
-                for height, what in (CEILING, "one image"), (KNOWING, "its environment"):
+                for height, what in (CEILING, "one image"), (KNOWING, "a known environment"):
                     ax.axhline(height, color="0.5", lw=0.8, ls=":")
-                    text = f"the most for {what}"
+                    text = f"limit for {what}"
                     ax.text(ax.get_xlim()[1], height + 0.4, text, size=6, color="0.3", ha="right")
             ax.set(title=title, ylabel="test accuracy (%)")
             compare.label_ends(ax, ends)
