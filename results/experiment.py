@@ -6,9 +6,9 @@
 
 `run` keeps logs and checkpoints below runs/PROTOCOL/. What is tried (TRIALS) and what is asked
 (QUESTIONS) was written down before the runs. Asked afterwards: on CIFAR-10 MAML against joint
-training, both retuned; on photographs steps, FLOPs and MAML against colorization; on shapes
-colorization against from scratch. CIFAR-10 and the source, 100 classes of Tiny ImageNet, are
-folders of images in data/.
+training, both retuned; how many steps joint training needs; on photographs steps, FLOPs and MAML
+against colorization; on shapes colorization against from scratch. Not included: CIFAR-10 and the
+source, every second class of Tiny ImageNet at 32 x 32, both folders of JPEG images in data/.
 """
 
 import argparse
@@ -167,6 +167,7 @@ QUESTIONS = [  # each is asked wherever two seeds of both arms were run
     ("fewer steps on the desired task alone", "maml", FINE_TUNED, ["step"]),
     ("fewer FLOPs", "maml", ["fine-tuned", *FINE_TUNED], ["flops"]),
     ("fewer steps without MAML", "scratch", ["fine-tuned", *FINE_TUNED], ["total_step"]),
+    ("fewer steps without MAML", "joint", ["fine-tuned", *FINE_TUNED], ["total_step"]),
     ("fewer steps with source images", "maml-both", FINE_TUNED, ["total_step"]),
     ("source images help", "maml-both", ["maml"], ["end"]),
     ("better than fine-tuning", "maml", FINE_TUNED, ["end"]),
@@ -255,6 +256,20 @@ def verdicts(arms: dict[str, list[compare.Run]]) -> str:
             rows.append(f"| {' | '.join(row)} |")
     head = "| question | arm | against | counted in | value | censored | verdict |"
     return "\n".join([head, "|---" * 7 + "|", *rows]) if rows else ""
+
+
+def lowered(arms: dict[str, list[compare.Run]]) -> str:
+    """The table of how far the inner loop lowers the pretext loss on its support images (%)."""
+    rows = []
+    for arm, runs in arms.items():
+        before, after = (
+            np.array([run.log[column][-1] for run in runs])
+            for column in ("pretext_loss", "pretext_loss_adapted")
+        )
+        if value := compare.cell(100 * (1 - after / before), ".1f"):
+            rows.append(f"| {arm} | {value} |")
+    head = "| arm | the inner loop lowers its pretext loss, at the end, by (%) |"
+    return "\n".join([head, "|---|---|", *rows]) if rows else ""
 
 
 # --- what is measured after training ---
@@ -436,7 +451,7 @@ def draw_step(path: Path) -> None:
         "pretext": (1.1, 1, "pretext task t makes\ninputs and targets", inside),
         "loop": (2.3, 1, step, inside),
         "query": (0, 0, "query images\nwith labels", outside),
-        "model": (1.1, 0, "encoder and classifier\nwith the weights $w_K$", outside),
+        "model": (1.1, 0, "encoder with weights $w_K$,\nclassifier $\\psi$", outside),
         "entropy": (2.3, 0, "cross-entropy of\nthe desired task", outside),
         "loss": (3.4, 0.5, outer, both),
     }
@@ -502,7 +517,7 @@ def report() -> None:
                 arm: [until(run, horizon) for run in runs] for arm, runs in groups[name].items()
             }
             baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
-            parts += [f"## {title}", compare.table(arms, baseline), verdicts(arms)]
+            parts += [f"## {title}", compare.table(arms, baseline), verdicts(arms), lowered(arms)]
         if (path := RESULTS / f"{name}_support.csv").exists():
             parts += [f"## {name}: adapted to what", support_tables(path)]
     text = "\n\n".join(part for part in parts if part) + "\n"

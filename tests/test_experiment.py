@@ -43,6 +43,15 @@ def test_verdicts_pair_each_seed_with_its_own_baseline():
     assert "0.50 ± 0.00" in line and "supported" in line
 
 
+def test_how_far_the_inner_loop_lowers_its_pretext_loss():
+    arms = {"maml": [run([0, 0.5], i) for i in range(2)], "joint": [run([0, 0.5])]}
+    for i, each in enumerate(arms["maml"]):
+        each.log["pretext_loss"], each.log["pretext_loss_adapted"] = (9, 2), (9, 1.5 + i)
+    arms["joint"][0].log["pretext_loss_adapted"] = np.nan
+    assert experiment.lowered(arms).splitlines()[2:] == ["| maml | 0.0 ± 317.7 |"]  # 25 and -25
+    assert experiment.lowered({"joint": arms["joint"]}) == ""
+
+
 def test_censored_seeds_never_support_and_refute_from_five_on():
     judge, spread, none = experiment.judge, 0.4 + np.arange(5) / 100, np.zeros(5, bool)
     assert judge(spread, none, 1.0, less=True)[1] == "supported"
