@@ -408,9 +408,9 @@ ARMS = {  # label and colour in the figures
     "joint": ("joint training", "#CC79A7"),
     "scratch": ("from scratch", "#000000"),
     "fine-tuned": ("fine-tuned", "#D55E00"),
-    "fine-tuned-25": ("fine-tuned", "#D55E00"),  # the share that validation prefers
+    "fine-tuned-25": ("fine-tuned", "#D55E00"),  # the shares that validation prefers
     "probed": ("probed", "#009E73"),
-    "probed-75": ("probed", "#009E73"),  # the share that earlier code had chosen
+    "probed-75": ("probed", "#009E73"),
 }
 PANELS = {
     "photos": "images of one distribution\n(CIFAR-10)",
