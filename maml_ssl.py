@@ -1,39 +1,44 @@
-"""MAML over self-supervised tasks: pretext tasks in the inner loop, the desired one in the outer.
+"""MAML over self-supervised tasks: pretext tasks inside, the desired task outside.
 
-    python maml_ssl.py                                  # drawn shapes: 90% in 3 minutes, 2 cores
-    python maml_ssl.py --dataset coloured_shapes        # where the inner loop is the reason
-    python maml_ssl.py --dataset cifar10                # downloads CIFAR-10
+    python maml_ssl.py                              # drawn shapes: 3 minutes, 2 cores
+    python maml_ssl.py --dataset cifar10            # downloads CIFAR-10
     python maml_ssl.py --dataset FOLDER --labels-per-class 100
+    python maml_ssl.py --dataset FOLDER --environments
 
-Model-agnostic meta-learning (Finn et al. 2017, arXiv 1703.03400), where both loops share one loss.
-Here the inner loss L_t is that of a pretext task t, on support images without their labels, and the
-outer loss classifies query images x, labelled y, with the weights to which K steps have led:
+Model-agnostic meta-learning (Finn et al. 2017, arXiv 1703.03400) has one loss for both
+loops. Here the inner loss L_t is that of a pretext task t, on support images without
+their labels. The outer loss classifies query images x, labelled y, with the weights to
+which K inner steps have led:
 
     inner loop   w_{k+1} = w_k - alpha grad L_t(w_k),   w_0 = (theta, phi_t)
     outer loss   mean_t [ CE(psi(f_{w_K}(x)), y)  +  beta L_t(w_0) ]
 
-theta: the encoder f. phi_t: the head of pretext task t. psi: the head of the desired task.
-alpha: --inner-lr, K: --inner-steps, beta: --pretext-weight. AdamW moves theta, all phi_t and psi
-along the outer loss's exact gradient, which goes through the inner loop (second order). With
---inner joint there is one inner loop, by the mean of all L_t.
+theta: the encoder f. phi_t: the head of pretext task t. psi: the head of the desired
+task, which no inner step moves. alpha: --inner-lr. K: --inner-steps. beta:
+--pretext-weight. AdamW moves theta, all phi_t and psi along the exact gradient of the
+outer loss, which goes through the inner loop (second order). With --inner joint there
+is one inner loop, by the mean of all L_t.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch import Tensor
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -42,224 +47,462 @@ from tqdm import tqdm
 
 import pretext
 
+Weights = dict[str, Tensor]  # theta, every phi_t and psi, by name
+Loss = Callable[[Weights], Tensor]  # -> a scalar
+
 
 # --- the algorithm ---
-def adapt(loss, params, lr, steps, first_order=False, flat_memory=False):
-    """The inner loop (MAML, section 2.2), differentiable in `params`: -> w_K and loss(w_0).
+def inner_step(
+    loss: Loss, weights: Weights, lr: float, first_order: bool = False
+) -> tuple[Weights, Tensor]:
+    """One step of the inner loop: w - alpha grad L(w), and L(w)."""
+    value = loss(weights)
+    gradients = torch.autograd.grad(
+        value,
+        weights.values(),
+        create_graph=not first_order,  # the outer gradient goes through it
+        retain_graph=True,  # the outer loss uses L(w_0) once more
+        materialize_grads=True,  # zeros for what the loss ignores, such as psi
+    )
+    pairs = zip(weights.items(), gradients, strict=True)
+    return {name: w - lr * gradient for (name, w), gradient in pairs}, value
 
-    loss: {name: tensor} -> scalar, the same function at each step. params: w_0, by name.
-    first_order (section 5.2): take grad L for a constant when the outer loss is differentiated.
-    flat_memory: compute each step again in the backward pass instead of keeping its graph.
+
+def adapt(
+    loss: Loss, weights: Weights, lr: float, steps: int, first_order=False, flat=False
+) -> tuple[Weights, Tensor]:
+    """The inner loop (MAML, section 2.2): w_K and L(w_0). K = 0 adapts nothing.
+
+    first_order (section 5.2): the inner gradients are constants of the outer one.
+    flat: compute each step again in the backward pass instead of keeping its graph.
     """
-
-    def step(params):
-        value = loss(params)
-        gradient = torch.autograd.grad(
-            value,
-            params.values(),
-            create_graph=not first_order,
-            retain_graph=True,  # for loss(w_0), which the outer loss uses too
-            materialize_grads=True,  # zeros for what the loss ignores, such as psi
-        )
-        # w_{k+1} = w_k - alpha grad L(w_k)
-        return {n: w - lr * g for (n, w), g in zip(params.items(), gradient, strict=True)}, value
-
     if steps == 0:
-        return params, loss(params)
-    if flat_memory:
-        step = partial(checkpoint, step, use_reentrant=False)
-    params, before = step(params)
-    for _ in range(steps - 1):
-        params, _ = step(params)
-    return params, before
+        return weights, loss(weights)
+    step = partial(checkpoint, inner_step, use_reentrant=False) if flat else inner_step
+    for k in range(steps):
+        weights, value = step(loss, weights, lr, first_order)
+        if k == 0:
+            first = value
+    return weights, first
 
 
-def pretext_loss(model, tasks, batches):
-    """-> the mean of L_t over the tasks, as a function of the parameters (theta and every phi_t).
+def pretext_loss(weights, model, tasks, batches, balance="mean") -> Tensor:
+    """L: the mean of L_t over the tasks. batches: {task: (inputs, targets)}."""
+    inputs = {name: batch[0] for name, batch in batches.items()}
+    outputs = functional_call(model, weights, (inputs,))
+    losses = []
+    for name, (_, targets) in batches.items():
+        losses.append(tasks[name].loss(outputs[name], targets))
+    losses = torch.stack(losses)
+    if balance == "nash":
+        return nash_weights(losses, weights) @ losses
+    return losses.mean()
 
-    batches: {task: (inputs, targets)}, the same for all K steps.
+
+def outer_loss(
+    model, tasks, batches, images: Tensor, labels: Tensor, balance: str, **inner
+) -> tuple[Tensor, Tensor]:
+    """CE(psi(f_{w_K}(images)), labels), and L(w_0). inner: what `adapt` takes."""
+
+    def loss(weights: Weights) -> Tensor:
+        return pretext_loss(weights, model, tasks, batches, balance)
+
+    weights, before = adapt(loss, dict(model.named_parameters()), **inner)
+    outputs = functional_call(model, weights, ({"target": images},))
+    return F.cross_entropy(outputs["target"], labels), before
+
+
+def nash_weights(losses: Tensor, weights: Weights) -> Tensor:
+    """The a > 0 with G^T G a = 1 / a (Nash-MTL, 2202.01017, section 3.2), constants.
+
+    The columns of G are the gradients of the losses, [T]. a is where the convex
+    1/2 a^T G^T G a - sum log a is least: damped Newton. Without a gradient it is 0.
     """
+    columns = []
+    for loss in losses:
+        gradients = torch.autograd.grad(
+            loss, weights.values(), retain_graph=True, materialize_grads=True
+        )
+        columns.append(torch.cat([g.flatten() for g in gradients]))
+    lengths = torch.stack([column.norm() for column in columns])
+    unit = torch.stack(columns) / lengths.clamp(min=1e-30)[:, None]
+    products = unit @ unit.T + 1e-8 * torch.eye(len(unit)).to(unit)
+    a = torch.ones_like(lengths)
+    for _ in range(50):
+        slope = products @ a - 1 / a
+        step = torch.linalg.solve(products + torch.diag(a**-2), slope)
+        damping = 1 + (slope @ step).clamp(min=0).sqrt()
+        a = a - step / damping  # which keeps it positive
+    return torch.where(lengths > 0, a / lengths, 0)
 
-    def loss(params):
-        outputs = {t: functional_call(model, params, (x, t)) for t, (x, _) in batches.items()}
-        return torch.stack([tasks[t].loss(outputs[t], y) for t, (_, y) in batches.items()]).mean()
 
-    return loss
-
-
-def outer_loss(model, tasks, batches, images, labels, **inner):
-    """-> CE(psi(f_{w_K}(images)), labels), and the pretext loss before adapting (0: no tasks)."""
-    params, before = dict(model.named_parameters()), 0.0
-    if tasks:
-        params, before = adapt(pretext_loss(model, tasks, batches), params, **inner)
-    return F.cross_entropy(functional_call(model, params, (images,)), labels), before
-
-
-def main():
+# --- training ---
+def main() -> None:
     args = parse_args()
-    load = partial(pretext.load, data_dir=args.data_dir, side=args.image_size, device=args.device)
-    data = pretext.limit_labels(load(args.dataset), args.labels_per_class, args.eval_on, args.seed)
-    pretext_data = [data]  # whose images the pretext tasks may see
+    data = load_data(args)
+    pool, sources = data.train, []  # pool: the images that pretext tasks see
     if args.pretext_images == "both":
-        pretext_data.append(load(args.source, source=True))
-    pool, pool_environments = pretext.pool(pretext_data)
-    tasks = {name: pretext.TASKS[name](pool) for name in args.pretext}
-    heads = {name: task.make_head for name, task in tasks.items()}
-    model = make_model({"target": classifier(data.classes)} | heads, args)
-    # A group of tasks has one inner loop and a share of the query: each task is one, or all are
-    together = args.inner == "joint" or not args.inner_steps
-    task_groups = [tasks] if together else [{name: task} for name, task in tasks.items()]
-    inner = {"lr": args.inner_lr, "steps": args.inner_steps}
-    outer = inner | {"first_order": args.first_order, "flat_memory": args.flat_memory}
+        sources = [load_data(args, source=True)]
+        pool = pretext.join(data.train, sources[0].train)
+    tasks = pretext.make_tasks(args.pretext, pool.images, data.mirror)
+    args.pretext = list(tasks)
+    groups = make_groups(tasks, args)
+    check_sizes(data, groups, args)
+    model = make_model(args, {"target": len(data.classes)}, tasks)
+    inner = {"lr": args.inner_lr, "steps": args.inner_steps, "balance": args.balance}
+    inner |= {"first_order": args.first_order, "flat": args.flat_memory}
 
-    def backward(model, step):
-        """Adds the outer gradient to every p.grad; -> classification loss, images, labels used."""
-        images, labels, index = pretext.labelled_batch(data, step, args.batch_size, args.seed)
-        # [B, 3, H, H], [B], [B]; each inner loop gets a share of the B, without tasks one gets all
-        environments = data.environments[index] if tasks else torch.zeros_like(index)
-        inner_loops = share_out(task_groups, environments)
+    def backward(model: nn.Module, step: int) -> Used:
+        """Adds the gradient of one step's outer loss to every p.grad."""
+        size, most = args.batch_size, args.meta_batch_size
+        query = pretext.labelled_batch(data, step, size, most, args.seed)
+        loops = share_out(groups, query.environments)
+        rank, ranks = process()
         total, seen, labelled = 0.0, 0, 0
-        for group, environment, share in inner_loops[RANK::RANKS]:  # one graph is alive at a time
-            if args.support == "query":
-                support = images[share], index[share]
-            else:  # other images of the same environment
-                others = (pool_environments == environment).index_fill(0, index, False)
-                support = pool, others, args.support_batch_size, data.flip
-                if step == 0 and group and others.sum() < args.support_batch_size:
-                    print(f"a support batch has {others.sum()} images: there are no more")
-            purpose = f"pretext{environment or ''}"
-            batches = pretext.batches(group, args.seed, purpose, step, *support)
-            loss, before = outer_loss(model, group, batches, images[share], labels[share], **outer)
-            loss = len(share) / len(index) * loss
-            (loss + args.pretext_weight * before / len(inner_loops)).backward()
-            total += loss.item()
-            labelled += len(share)
-            seen += len(share) + max(1, args.inner_steps) * sum(len(x) for x, _ in batches.values())
-        return total, seen, labelled
+        for loop in loops[rank::ranks]:  # one graph is alive at a time
+            batches = support_batches(data, pool, query, loop, step, args)
+            images, labels = query.images[loop.share], query.labels[loop.share]
+            entropy, before = outer_loss(
+                model, loop.tasks, batches, images, labels, **inner
+            )
+            # a loop has B_t of the B query images:  B_t / B CE  +  beta / loops L(w_0)
+            entropy = len(labels) / size * entropy
+            (entropy + args.pretext_weight * before / len(loops)).backward()
+            shown = sum(len(inputs) for inputs, _ in batches.values())
+            total += entropy.item()
+            seen += len(labels) + max(1, args.inner_steps) * shown
+            labelled += len(labels)
+        return Used(total, seen, labelled)
 
-    def evaluate(averaged):
-        """-> accuracy, the same after adapting, pretext loss, the same after adapting."""
-        params, plain = dict(averaged.named_parameters()), predict(averaged, {}, data.test_images)
-        votes, losses = torch.zeros_like(plain), []
-        for scored, *support in pretext.adaptations(data, args.support == "query", args.batch_size):
-            for group in task_groups if tasks else ():
-                batches = pretext.batches(group, args.seed, "evaluation", 0, *support)
-                loss = pretext_loss(averaged, group, batches)
-                adapted, before = adapt(loss, params, first_order=True, **inner)
-                losses.append([before.item(), loss(adapted).item()])
-                votes[scored] += predict(averaged, adapted, data.test_images[scored])
-        before, after = torch.tensor(losses).mean(0).tolist() if losses else (None, None)
-        plain, adapted = (accuracy(p, data.test_labels) for p in (plain, votes))
-        return (plain, adapted, before, after) if args.inner_steps else (plain, None, before, None)
+    def evaluate(model: nn.Module) -> Evaluation:
+        """Scores the test images with the weights as they are, and adapted."""
+        labels, losses = data.test.labels, []
+        plain = predict(model, {}, data.test.images)
+        adapted = torch.zeros_like(plain)
+        for scored, batches in adaptations(data, tasks, args):
+            images = data.test.images[scored]
+            found = predict_adapted(model, tasks, batches, images, args)
+            adapted[scored] = found.probabilities
+            losses += found.losses
+        before, after = torch.tensor(losses).mean(0).tolist()
+        correct = plain.argmax(1) == labels
+        if args.inner_steps == 0:
+            return Evaluation(correct, pretext_loss=before)
+        return Evaluation(correct, adapted.argmax(1) == labels, before, after)
 
-    run = Run(args, model, pretext.checksum(*pretext_data))
+    run = Run(args, model, data, sources, tasks)
     train(run, "target", args.steps, model, backward, evaluate, args)
+    run.conclude()
 
 
-def share_out(task_groups, environments):
-    """-> (group, environment, share) for each inner loop of a step, the same in every process.
+# --- the batches ---
+class Loop(NamedTuple):
+    """An inner loop of one step, and its share of the query."""
 
-    environments: of the query [B]. share: the positions in it, all of one environment, that fall to
-    this group.
-    """
-    inner_loops = []
+    tasks: dict
+    environment: int
+    share: Tensor  # places in the query, all of this environment
+
+
+def make_groups(tasks: dict, args: argparse.Namespace) -> list[dict]:
+    """The tasks of each inner loop: all in one, or one in each."""
+    if args.inner == "joint":
+        return [tasks]
+    return [{name: task} for name, task in tasks.items()]
+
+
+def share_out(groups: list[dict], environments: Tensor) -> list[Loop]:
+    """The inner loops of a step, whose query has these environments, [B]."""
+    loops = []
     for environment in environments.unique().tolist():
         members = (environments == environment).nonzero().squeeze(1)
-        if len(members) < len(task_groups):
-            raise ValueError(f"--batch-size {len(environments)}: fewer images than inner loops")
-        for group, share in zip(task_groups, members.tensor_split(len(task_groups)), strict=True):
-            inner_loops.append((group, environment, share))
-    return inner_loops
+        shares = members.tensor_split(len(groups))
+        for tasks, share in zip(groups, shares, strict=True):
+            loops.append(Loop(tasks, environment, share))
+    return loops
+
+
+def support_batches(data, pool, query, loop: Loop, step: int, args) -> pretext.Batches:
+    """What the tasks of a loop make of other images of its environment, their own each.
+
+    With --support query they get the loop's query images.
+    """
+    # environment 0 has no number here: its draws are those of data with one environment
+    key = (args.seed, f"pretext{loop.environment or ''}", step)
+    if args.support == "query":
+        images, indices = query.images[loop.share], query.indices[loop.share]
+        return pretext.make_batches(loop.tasks, images, indices, key)
+    others = pool.environments == loop.environment
+    others = others.index_fill(0, query.indices, False)
+    size = args.support_batch_size
+    return pretext.draw_batches(loop.tasks, pool, others, size, data.mirror, key)
+
+
+def adaptations(data, tasks: dict, args) -> Iterator[tuple[Tensor, pretext.Batches]]:
+    """Places of test images, and what is adapted to before these are scored.
+
+    That is, for each environment, images that are never scored. With --support query it
+    is each batch of test images itself, unlabelled.
+    """
+    key, home = (args.seed, "evaluation", 0), data.test.environments
+    for environment in home.unique():
+        scored = (home == environment).nonzero().squeeze(1)
+        if args.support == "query":
+            for part in scored.split(args.batch_size):
+                images = data.test.images[part] / 255
+                places = torch.arange(len(part), device=part.device)
+                yield part, pretext.make_batches(tasks, images, places, key)
+            continue
+        split, count, flip = data.unlabelled, pretext.ADAPT_TO, data.mirror
+        chosen = data.aside & (split.environments == environment)
+        yield scored, pretext.draw_batches(tasks, split, chosen, count, flip, key)
+
+
+def check_sizes(data: pretext.Data, groups: list[dict], args) -> None:
+    """ValueError: a step has too few images for its inner loops or their support."""
+    homes, counts = data.train.environments.unique(return_counts=True)
+    at_once = min(len(homes), args.meta_batch_size)
+    needed = at_once * len(groups)
+    if args.batch_size < needed:
+        what = f"{at_once} environments with {len(groups)} inner loops each"
+        raise ValueError(f"--batch-size {args.batch_size}: {what} need {needed}")
+    images, name = int(counts.min()), data.environments[homes[counts.argmin()]]
+    share = math.ceil(args.batch_size / at_once)
+    left = images - (share if share < images else max(1, images // 2))
+    if args.support == "query" or args.pretext_images == "both":
+        return
+    if left == 0:
+        raise ValueError(f"{name}: its only training image leaves none to adapt to")
+    if left < args.support_batch_size:
+        pretext.say(f"{name} has {images} images: {left} in a support batch, no more")
+
+
+# --- a trained model ---
+class Adapted(NamedTuple):
+    probabilities: Tensor  # [N, classes], the mean over the inner loops
+    losses: list[list[float]]  # the pretext loss of each loop, before and after
+
+
+def predict_adapted(model, tasks: dict, batches, images: Tensor, args) -> Adapted:
+    """What is said of uint8 images [N, 3, H, H] after adapting to the batches."""
+    weights, total, found = dict(model.named_parameters()), 0.0, []
+    groups = make_groups(tasks, args)
+    for group in groups:
+        mine = {name: batches[name] for name in group}
+        mean = partial(pretext_loss, model=model, tasks=group, batches=mine)
+        loss = partial(mean, balance=args.balance)
+        adapted, _ = adapt(loss, weights, args.inner_lr, args.inner_steps, True)
+        with torch.no_grad():
+            found.append([mean(weights).item(), mean(adapted).item()])
+        total = total + predict(model, adapted, images)
+    return Adapted(total / len(groups), found)
+
+
+class Trained(NamedTuple):
+    model: nn.Module  # with the averaged weights
+    tasks: dict
+    args: argparse.Namespace  # what config.json says
+
+
+def load_trained(file: str | Path, device: str = "cpu") -> Trained:
+    """A run of this script, from its checkpoint.pt alone."""
+    state = torch.load(file, device, weights_only=True)
+    args = argparse.Namespace(**state["config"] | {"device": device})
+    tasks = pretext.restore_tasks(state["tasks"])
+    averaged = AveragedModel(make_model(args, {"target": len(args.classes)}, tasks))
+    averaged.load_state_dict(state["averaged"])
+    return Trained(averaged.module.eval(), tasks, args)
+
+
+def predict_new(trained: Trained, images: Tensor) -> Tensor:
+    """Adapts to uint8 images [N, 3, H, H] without labels, then classifies them.
+
+    They come from one environment, which may be new. Returns class probabilities
+    [N, classes], in the order of trained.args.classes.
+    """
+    model, tasks, args = trained
+    places = torch.arange(len(images), device=images.device)
+    split, every = pretext.Split(images, places, places), places >= 0
+    key, count = (args.seed, "evaluation", 0), pretext.ADAPT_TO
+    batches = pretext.draw_batches(tasks, split, every, count, args.mirror, key)
+    return predict_adapted(model, tasks, batches, images, args).probabilities
 
 
 # --- shared: network ---
-def make_encoder(backbone, width):
-    """-> f_theta: [N, 3, H, H] -> feature map [N, channels, H/8, H/8], and its channels.
+def make_encoder(backbone: str, width: int) -> tuple[nn.Module, int]:
+    """f_theta: [N, 3, H, H] -> feature map [N, channels, H/8, H/8]; and its channels.
 
-    conv: three blocks of two 3x3 convolutions and max-pooling (Doon et al. 2018, IEEE 8745428), all
-    padded, without dropout. resnet18: torchvision's, with a 3x3 stem. Both with GroupNorm, which
-    keeps no running statistics: `functional_call` then has no side effect.
+    conv: three blocks of two 3x3 convolutions and max-pooling (Doon et al. 2018, IEEE
+    8745428), padded, without dropout. resnet18: torchvision's, with a 3x3 stem. Another
+    one is a branch here and a choice of --backbone, in every arm. Both have GroupNorm:
+    BatchNorm would mix the images of a batch, and keep statistics of adapted weights.
     """
-    norm = lambda channels: nn.GroupNorm(math.gcd(8, channels), channels)  # noqa: E731
+
+    def norm(channels: int) -> nn.Module:
+        return nn.GroupNorm(math.gcd(8, channels), channels)
+
     if backbone == "resnet18":
         net = torchvision.models.resnet18(norm_layer=norm)
         stem = (nn.Conv2d(3, 64, 3, padding=1, bias=False), net.bn1, nn.ReLU())
-        return nn.Sequential(*stem, net.layer1, net.layer2, net.layer3, net.layer4), 512
+        blocks = (net.layer1, net.layer2, net.layer3, net.layer4)
+        return nn.Sequential(*stem, *blocks), 512
     layers, before = [], 3
-    for i, after in enumerate([width, width, 2 * width, 2 * width, 4 * width, 4 * width]):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), norm(after), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if i % 2 else []
+    for after in (width, 2 * width, 4 * width):
+        for channels in (before, after):
+            layers.append(nn.Conv2d(channels, after, 3, padding=1, bias=False))
+            layers += [norm(after), nn.ReLU()]
+        layers.append(nn.MaxPool2d(2))
         before = after
     return nn.Sequential(*layers), after
 
 
-class Model(nn.Module):
-    """One encoder, a head for each task: `model(images, "rotation")` is what that head says."""
+def make_classifier(channels: int, classes: int) -> nn.Module:
+    """psi: feature map [N, channels, h, w] -> pooled to 4x4 -> logits [N, classes]."""
+    pooled = (nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    return nn.Sequential(*pooled, nn.Linear(16 * channels, classes))
 
-    def __init__(self, encoder, heads, amp=False):
+
+class Model(nn.Module):
+    """One encoder, and a head for each task."""
+
+    def __init__(self, encoder: nn.Module, heads: dict[str, nn.Module], amp: bool):
         super().__init__()
         self.encoder, self.heads, self.amp = encoder, nn.ModuleDict(heads), amp
 
-    def forward(self, images, task="target"):  # images [N, 3, H, H] in [0, 1]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            return self.heads[task](self.encoder((images - 0.5) / 0.25)).to(images.dtype)
+    def forward(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{task: images [N, 3, H, H] in [0, 1]} -> {task: what its head says}.
+
+        Pixels are scaled here and nowhere else. Images of one size go through the
+        encoder together.
+        """
+        parts = [(x - 0.5) / 0.25 for x in images.values()]
+        with torch.autocast(parts[0].device.type, torch.bfloat16, enabled=self.amp):
+            if len({x.shape[1:] for x in parts}) == 1:
+                features = self.encoder(torch.cat(parts))
+                features = features.split([len(x) for x in parts])
+            else:
+                features = [self.encoder(x) for x in parts]
+            pairs = zip(images, features, strict=True)
+            outputs = {task: self.heads[task](x) for task, x in pairs}
+        return {task: x.to(parts[0].dtype) for task, x in outputs.items()}
 
 
-def classifier(classes):
-    """-> a maker of psi: feature map [N, C, h, w] -> pooled to 4x4 -> logits [N, classes]."""
-    pooled = (nn.AdaptiveAvgPool2d(4), nn.Flatten())
-    return lambda channels: nn.Sequential(*pooled, nn.Linear(16 * channels, classes))
+def make_model(args: argparse.Namespace, classes: dict[str, int], tasks: dict) -> Model:
+    """The encoder, classifiers for `classes`, and a head for each pretext task.
 
+    Each part starts from a seed of its own: so it starts the same in every arm.
+    """
 
-def make_model(heads, args):
-    """-> the Model; each part starts from a seed of its own, so it starts the same in each arm."""
-
-    def seeded(part, make, *values):
+    @contextlib.contextmanager
+    def seeded(part: str):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(pretext.rng(args.seed, f"init {part}").initial_seed())
-            return make(*values)
+            generator = pretext.rng(args.seed, f"init {part}")
+            torch.manual_seed(generator.initial_seed())
+            yield
 
-    encoder, channels = seeded("encoder", make_encoder, args.backbone, args.width)
-    made = {name: seeded(name, make_head, channels) for name, make_head in heads.items()}
-    return Model(encoder, made, args.amp).to(args.device)
+    heads = {}
+    with seeded("encoder"):
+        encoder, channels = make_encoder(args.backbone, args.width)
+    for name, count in classes.items():
+        with seeded(name):
+            heads[name] = make_classifier(channels, count)
+    for name, task in tasks.items():
+        with seeded(name):
+            heads[name] = task.make_head(channels)
+    return Model(encoder, heads, args.amp).to(args.device)
 
 
 @torch.no_grad()
-def predict(model, params, images):
-    """uint8 [N, 3, H, H] -> class probabilities [N, classes]; params {}: the model's own."""
-    parts = images.split(100)
-    return torch.cat([functional_call(model, params, (x / 255,)).softmax(1) for x in parts])
+def predict(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    """uint8 [N, 3, H, H] -> class probabilities [N, classes], with weights by name.
 
-
-def accuracy(probabilities, labels):
-    return (probabilities.argmax(1) == labels).double().mean().item()
+    {}: with the model's own.
+    """
+    found = []
+    for part in images.split(100):
+        outputs = functional_call(model, weights, ({"target": part / 255},))
+        found.append(outputs["target"].softmax(1))
+    return torch.cat(found)
 
 
 # --- shared: training ---
-# The log. phase: pretrain or target, step: in it; total_step: in the run. The other counts are of
-# training alone, from the start: images that went forward, labels used, FLOPs, seconds
+# The log. step: of this phase, pretrain or target. The COUNTS are of training alone,
+# since the start: steps, images that went forward, labels used, FLOPs, seconds
 COUNTS = ("total_step", "images", "labels", "flops", "seconds")
 SCORES = ("accuracy", "accuracy_adapted", "pretext_loss", "pretext_loss_adapted")
 COLUMNS = ("phase", "step", *COUNTS, "train_loss", *SCORES)
-# `torchrun --nproc-per-node N ARM.py` shares out each step: this process, and how many there are
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# These may change while a run stays the same: of its data, the checksum decides
+FREE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "steps"}
+FREE |= {
+    "environment_names",
+    "flat_memory",
+    "torch",
+    "torchvision",
+    "dataset",
+    "source",
+}
+
+
+class Used(NamedTuple):
+    """What a step, or one process's part of it, used."""
+
+    loss: float  # of the labelled images, or what pretraining lowers
+    images: int
+    labels: int
+
+
+class Evaluation(NamedTuple):
+    """What was found; None: it is not measured."""
+
+    correct: Tensor | None = None  # bool, of each test image
+    correct_adapted: Tensor | None = None
+    pretext_loss: float | None = None
+    pretext_loss_adapted: float | None = None
+
+    def accuracies(self, chosen: Tensor | slice = slice(None)) -> list[float | None]:
+        """Not adapted and adapted, of the chosen test images."""
+        found = []
+        for correct in self.correct, self.correct_adapted:
+            part = None if correct is None else correct[chosen]
+            found.append(None if part is None else part.sum().item() / len(part))
+        return found
+
+
+def process() -> tuple[int, int]:
+    """The rank of this process, and how many torchrun has started."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def as_line(cells: list) -> str:
+    """A line of a CSV file; None is an empty cell."""
+    cells = [f"{x:.6g}" if isinstance(x, float) else x for x in cells]
+    return ",".join("" if x is None else str(x) for x in cells) + "\n"
 
 
 class Run:
-    """OUT/NAME/seed<k>/: config.json, metrics.csv, and checkpoint.pt, which holds the rows too.
+    """OUT/NAME/seed<k>/: config.json, metrics.csv, and checkpoint.pt, which holds both.
 
-    Each file is replaced whole, so a run that was killed, at any moment, goes on from its last
-    evaluation when the same command is given again. ValueError: it began with other settings.
+    Each file is replaced whole. So a run that was stopped, at any moment, goes on from
+    its last evaluation when the same command is given again. ValueError: it began with
+    other settings. environments.csv, if there are several, has the last scores of each.
     """
 
-    def __init__(self, args, model, data):
+    def __init__(self, args, model: nn.Module, data, sources: list, tasks: dict):
+        self.data, self.last = data, Evaluation()
         self.folder = Path(args.out, args.name, f"seed{args.seed}")
         self.log, file = self.folder / "metrics.csv", self.folder / "checkpoint.pt"
-        self.written = self.log.exists() and self.log.read_text()
-        self.config = {"arm": Path(__file__).stem, **vars(args), "data": data}
+        self.written = self.log.read_text() if self.log.exists() else ""
+        self.config = {"arm": Path(__file__).stem, **vars(args), "mirror": data.mirror}
+        self.config["classes"] = data.classes
+        self.config["environment_names"] = data.environments
+        self.config["data"] = pretext.checksum(data, *sources)
         self.config["parameters"] = sum(p.numel() for p in model.parameters())
-        self.config |= {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+        self.config["torch"] = str(torch.__version__)
+        self.config["torchvision"] = torchvision.__version__
         self.state = {"phase": None, "rows": [], **dict.fromkeys(COUNTS, 0)}
+        self.state["tasks"] = {name: vars(task) for name, task in tasks.items()}
         if args.overwrite or not file.exists():
             return
         try:
@@ -268,55 +511,101 @@ class Run:
         except Exception as error:  # torch.load raises all kinds
             raise ValueError(f"{file} is damaged; --overwrite starts again") from error
         for key, now in self.config.items():
-            if now != began.get(key) and key not in {*ELSEWHERE, "steps"}:
-                holds = f"{self.folder} holds a run with {key} {began.get(key)}, not {now}"
-                raise ValueError(f"{holds}; take another --name, or --overwrite")
+            if now != began.get(key) and key not in FREE:
+                holds = f"{self.folder} holds a run with {key} {began.get(key)}"
+                raise ValueError(f"{holds}, not {now}; take a --name, or --overwrite")
         if self.state["phase"] == "target" and self.state["total_step"] >= args.steps:
             print(f"{self.folder} holds this run, finished; --overwrite runs it again")
             sys.exit()
 
-    def save(self, row, **state):
-        """Adds a row to the log and keeps what the run needs to go on from here."""
-        cells = [f"{x:.6g}" if isinstance(x, float) else x for x in row]
-        rows = [*self.state["rows"], ",".join("" if x is None else str(x) for x in cells)]
+    def save(self, row: list, found: Evaluation, **state) -> None:
+        """Adds a row to the log, and keeps what the run needs to go on from here."""
+        self.last, rows = found, [*self.state["rows"], as_line(row)]
         self.state |= {"config": self.config, "rows": rows, **state}
-        if (self.log.exists() and self.log.read_text()) != self.written:
-            raise ValueError(f"{self.folder}: another run has written there; take another --name")
-        self.written = "\n".join([",".join(COLUMNS), *rows, ""])
+        if (self.log.read_text() if self.log.exists() else "") != self.written:
+            raise ValueError(f"{self.folder}: another run writes there; take a --name")
+        self.written = as_line(COLUMNS) + "".join(rows)
         torch.save(self.state, checkpoint := io.BytesIO())
         files = {"config.json": json.dumps(self.config, indent=1).encode()}
-        files |= {"metrics.csv": self.written.encode(), "checkpoint.pt": checkpoint.getvalue()}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files |= {"metrics.csv": self.written.encode()}
+        if table := self.by_environment():
+            lines = [["environment", "images", *SCORES[:2]], *table]
+            files |= {"environments.csv": "".join(map(as_line, lines)).encode()}
+        files |= {"checkpoint.pt": checkpoint.getvalue()}
         for name, content in files.items():
-            (self.folder / f"{name}.new").write_bytes(content)
-            os.replace(self.folder / f"{name}.new", self.folder / name)
+            new = self.folder / f"{name}.new"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                new.write_bytes(content)
+                os.replace(new, self.folder / name)
+            except OSError as error:  # such as a full disk
+                with contextlib.suppress(OSError):
+                    new.unlink()
+                raise OSError(f"{self.folder}: {error.strerror}") from error
+
+    def by_environment(self) -> list[list]:
+        """[name, images, accuracy, adapted] of each; nothing if there is one."""
+        home, table = self.data.test.environments, []
+        if len(self.data.environments) == 1 or self.last.correct is None:
+            return []
+        for number in home.unique().tolist():
+            members = home == number
+            name, images = self.data.environments[number], int(members.sum())
+            table.append([name, images, *self.last.accuracies(members)])
+        return table
+
+    def conclude(self) -> None:
+        """Says in words what came out."""
+        if process()[0] > 0:
+            return
+
+        def words(accuracies: list[float | None]) -> str:
+            known = [f"{100 * x:.1f}%" for x in accuracies if x is not None]
+            return ", adapted ".join(known)
+
+        found = {}
+        for name, images, *accuracies in self.by_environment():
+            found[name] = [x for x in accuracies if x is not None][-1]
+            print(f"{name}: {words(accuracies)} of {images} images")
+        if found:
+            print(f"The worst is {min(found, key=found.get)}.")
+        print(f"In all: {words(self.last.accuracies())}.", end=" ")
+        if limit := pretext.LIMITS.get(self.config["dataset"]):
+            print(f"A rule for one image reaches {limit:.0%} at most.", end=" ")
+        print(f"To compare arms: python compare.py {self.folder.parents[1]}")
 
 
-def train(run, phase, steps, model, backward, evaluate, args):
-    """One phase: AdamW along what backward(model, step) adds to p.grad; -> the averaged model.
+def train(run: Run, phase: str, steps: int, model, backward, evaluate, args):
+    """One phase: AdamW along what `backward` adds to p.grad. Returns the average.
 
-    backward -> loss, images and labels used. evaluate(averaged model) -> the four SCORES, each may
-    be None; pretraining has none. Goes on from `run`'s last row of this phase, if it has one.
+    backward(model, step) -> Used; evaluate(averaged model) -> Evaluation. Goes on from
+    the last row of this phase, if the run has one.
     """
-    state, flops, losses = run.state, 0, []
+    state, losses, flops = run.state, [], 0
+    rank, ranks = process()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    average = get_ema_multi_avg_fn(args.ema)
+    averaged = AveragedModel(model, multi_avg_fn=average).eval()
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     first = state["step"] if state["phase"] == phase else 0
-    bar = tqdm(range(first, steps), phase, initial=first, total=steps, disable=RANK > 0)
+    hidden = True if rank else None  # None: where stderr is no terminal
+    bar = tqdm(range(first, steps), phase, initial=first, total=steps, disable=hidden)
 
-    def record(step):
+    def record(step: int) -> None:
         bar.set_description("evaluating")
         loss = sum(losses) / len(losses) if losses else None
         losses.clear()
-        scores = evaluate(averaged.module) if phase == "target" else [None] * len(SCORES)
+        found = evaluate(averaged.module) if phase == "target" else Evaluation()
+        scores = [*found.accuracies(), found.pretext_loss, found.pretext_loss_adapted]
         row = [phase, step, *(state[name] for name in COUNTS), loss, *scores]
-        results = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
-        said = "  ".join(f"{name} {x:.4f}" for name, x in results.items() if x is not None)
-        if RANK == 0:
-            run.save(row, phase=phase, step=step, **{n: p.state_dict() for n, p in parts.items()})
-            bar.write(f"{phase} {step:5}  {state['seconds']:6.0f} s  {said}")
+        said = {"loss": loss, "accuracy": scores[0], "adapted": scores[1]}
+        said = [f"{name} {x:.4f}" for name, x in said.items() if x is not None]
+        if rank == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            run.save(row, found, phase=phase, step=step, **states)
+            seconds = f"{state['seconds']:6.0f} s"
+            bar.write("  ".join([f"{phase} {step:5}", seconds, *said]))
         bar.set_description(phase)
 
     if state["phase"] == phase:
@@ -326,22 +615,25 @@ def train(run, phase, steps, model, backward, evaluate, args):
         record(0)
     for step in bar:
         began = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
-        for p in trained:
-            p.grad = torch.zeros_like(p)  # one of several processes may not reach every head
+        warm = min(1, (step + 1) / max(1, args.warmup_steps))
+        optimizer.param_groups[0]["lr"] = args.lr * warm
+        optimizer.zero_grad()
         counter = FlopCounterMode(display=False)
-        with nullcontext() if flops else counter:  # every step of a phase does the same work
-            loss, images, labels = backward(model, step)
+        # counted in a phase's first step: all of them do the same work
+        with contextlib.nullcontext() if flops else counter:
+            used = backward(model, step)
         flops = flops or counter.get_total_flops()
-        sums = torch.tensor([loss, images, labels, flops], dtype=torch.float64, device=args.device)
-        if RANKS > 1:
-            for tensor in (sums, *(p.grad for p in trained)):
-                dist.all_reduce(tensor)
+        sums = torch.tensor([*used, flops], dtype=torch.float64)
+        if ranks > 1:
+            dist.all_reduce(sums)
+            for p in trained:  # this process may not have reached every head
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
         loss, *work = sums.tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()
         if not math.isfinite(loss + norm):
-            what = f"{phase} step {step + 1}: the loss is {loss}, its gradient's norm {norm}"
-            raise ValueError(f"{what}; try a smaller --lr")
+            what = f"the loss is {loss}, its gradient's norm {norm}"
+            raise ValueError(f"{phase} step {step + 1}: {what}; try a smaller --lr")
         optimizer.step()
         averaged.update_parameters(model)
         losses.append(loss)
@@ -354,108 +646,196 @@ def train(run, phase, steps, model, backward, evaluate, args):
 
 
 # --- shared: arguments ---
-ELSEWHERE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "flat_memory"}
-ELSEWHERE |= {"torch", "torchvision"}  # may change, and it is still the same run
-DEFAULTS = {"shapes": {"steps": 300}}  # of a dataset, where they are not the usual ones
-DEFAULTS["coloured_shapes"] = {"steps": 1000, "image_size": 16, "width": 8, "batch_size": 128}
+# Defaults that depend on the dataset; absent from the arguments that are given
+USUAL = {"steps": 2000, "image_size": 32, "width": 16, "batch_size": 64}
+DEFAULTS = {"shapes": USUAL | {"steps": 300}, "coloured_shapes": {}}
+DEFAULTS["coloured_shapes"] |= {"steps": 600, "image_size": 16, "width": 8}
+DEFAULTS["coloured_shapes"] |= {"batch_size": 128}
+DEPENDS = {"default": argparse.SUPPRESS}
 
 
-def fail(message, code=2):
-    """Ends with one line that says what is wrong and what to do; code 2: the user can mend it."""
-    tqdm.write(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
+def fail(message: object, code: int = 2) -> None:
+    """Ends with one line that says what is wrong and what to do."""
+    text = " ".join(str(message).split())
+    tqdm.write(f"{Path(__file__).name}: {text}", file=sys.stderr)
     sys.exit(code)
 
 
-def common_arguments():
-    """-> a parser with what all arms have."""
+def common_arguments() -> argparse.ArgumentParser:
+    """What all arms have."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    title, path = (__doc__ or "").partition("\n")[0], os.path.expanduser
+    parser = argparse.ArgumentParser(description=title, formatter_class=formatter)
     parser.error = fail
     add = parser.add_argument_group("data").add_argument
-    names = ", ".join(pretext.DATASETS)
-    add("--dataset", default="shapes", help=f"{names}, or a folder with train/CLASS/, test/CLASS/")
-    add("--source", help="second dataset, named likewise; None: cifar100 for cifar10, and so on")
-    add("--data-dir", default="data", help="for downloads and decoded folders")
-    add("--labels-per-class", type=int, help="the rest are dropped; None: all are kept")
-    add("--eval-on", choices=("test", "val"), default="test", help="val: a fifth of the labels")
-    add("--image-size", type=int, default=32, help="pixels, a multiple of 8")
-    add = parser.add_argument_group("training; for a GPU: --width 64 --steps 20000").add_argument
-    add("--steps", type=int, default=2000, help="of the optimizer, pretraining included")
+    names, yes_no = ", ".join(pretext.DATASETS), argparse.BooleanOptionalAction
+    what = f"{names}, or a folder with train/CLASS/ and test/CLASS/"
+    add("--dataset", type=path, default="coloured_shapes", help=what)
+    add("--source", type=path, help="second dataset; None: cifar100 for cifar10 etc.")
+    add("--environments", action="store_true", help="a folder's CLASS/ENVIRONMENT/")
+    add("--mirror", action=yes_no, help="mirror images; None: if they have colour")
+    add("--data-dir", type=path, default="data", help="downloads and decoded folders")
+    add("--labels-per-class", type=int, help="others are not used; None: all are")
+    add(
+        "--eval-on",
+        choices=("test", "val"),
+        default="test",
+        help="val: a fifth of them",
+    )
+    add(
+        "--image-size", type=int, help="pixels, a multiple of 8 (usually 32)", **DEPENDS
+    )
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="pretraining included (usually 2000)", **DEPENDS)
     add("--eval-every", type=int, help="steps; None: a tenth of all")
-    add("--batch-size", type=int, default=64, help="labelled images a step")
-    add("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    add("--warmup-steps", type=int, default=50, help="lr rises over these, in each phase")
-    add("--ema", type=float, default=0.98, help="decay of the averaged weights; 0: no average")
-    add("--backbone", choices=("conv", "resnet18"), default="conv", help="of the encoder")
-    add("--width", type=int, default=16, help="channels of conv's first block")
+    add("--batch-size", type=int, help="labelled images (usually 64)", **DEPENDS)
+    add("--meta-batch-size", type=int, default=4, help="environments, at most, a step")
+    add("--lr", type=float, default=1e-3, help="of AdamW")
+    add(
+        "--warmup-steps", type=int, default=50, help="lr rises over these in each phase"
+    )
+    add(
+        "--ema", type=float, default=0.98, help="decay of the averaged weights; 0: none"
+    )
+    add("--backbone", choices=("conv", "resnet18"), default="conv", help="the encoder")
+    add(
+        "--width",
+        type=int,
+        help="channels of conv's first block (usually 16)",
+        **DEPENDS,
+    )
     add("--amp", action="store_true", help="bfloat16, where the hardware has it")
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    found = torch.accelerator.current_accelerator(check_available=True)
+    devices = [found.type, "cpu"] if found else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="what is available here")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add = parser.add_argument_group("log").add_argument
-    add("--out", default="runs", help="the log goes to OUT/NAME/seed<k>/")
-    add("--name", help="None: arm, dataset, and the flags not at their defaults")
+    add("--out", type=path, default="runs", help="the log goes to OUT/NAME/seed<k>/")
+    add("--name", help="None: arm, dataset, and what is not at its default")
     add("--overwrite", action="store_true", help="start again")
     return parser
 
 
-def parse(parser):
-    """-> the arguments, with the dataset's own defaults, and a name made of what is not default."""
-    parser.epilog = f"Defaults that differ with --dataset: {DEFAULTS}"
-    parser.set_defaults(**DEFAULTS.get(parser.parse_args().dataset, {}))
-    args = parser.parse_args()
+def parse(parser: argparse.ArgumentParser, own: dict | None = None):
+    """The arguments, and a name made of those that are not at their defaults.
+
+    own: defaults of the arm, which depend on the dataset too.
+    """
+    given = parser.parse_args()
+    defaults = DEFAULTS.get(given.dataset, USUAL)
+    if own:
+        several = given.environments or given.dataset == "coloured_shapes"
+        defaults = defaults | own[several]
+    args = argparse.Namespace(**defaults | vars(given))
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]
     for key, value in vars(args).items():
-        if value != parser.get_default(key) and key not in ELSEWHERE | {"dataset"}:
+        default = defaults.get(key, parser.get_default(key))
+        if value != default and key not in FREE - {"source", "steps"}:
             text = "+".join(value) if isinstance(value, list) else str(value)
             words.append(f"{key}={Path(text).name}")
     args.name = args.name or "-".join(words)[:120]
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.source = args.source or pretext.DATASETS.get(args.dataset, (None, None))[1]
-    if min(args.steps, args.width, args.batch_size) < 1 or args.image_size not in range(8, 4096, 8):
-        fail("--image-size: take a multiple of 8; --steps, --width and --batch-size: from 1 up")
-    if RANKS > 1 and args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if min(args.steps, args.width, args.batch_size, args.meta_batch_size) < 1:
+        fail("--steps, --width, --batch-size and --meta-batch-size: from 1 up")
+    if args.image_size not in range(8, 4096, 8):
+        fail(f"--image-size {args.image_size}: take a multiple of 8")
+    pretext.check(args.dataset, args.environments)
     return args
 
 
-# --- the arm's own arguments ---
-DEFAULTS["coloured_shapes"] |= {"inner": "joint", "inner_lr": 3.0, "pretext_weight": 0.1}
+def load_data(args: argparse.Namespace, source: bool = False) -> pretext.Data:
+    """The desired task's data, or all of the source; says what was read."""
+    name, apart = args.dataset, args.environments
+    if source:
+        name, apart = args.source, False
+    where = (args.data_dir, args.image_size, args.device)
+    data = pretext.load(name, *where, source, apart, args.mirror)
+    if not source:
+        budget = args.labels_per_class
+        data = pretext.desired_task(data, budget, args.eval_on, args.seed)
+    pretext.say(pretext.describe(name, data))
+    return data
 
 
-def parse_args():
-    parser = common_arguments()
-    parser.set_defaults(lr=2e-3)
-    add = parser.add_argument_group("algorithm").add_argument
-    tasks = [*pretext.DEFAULT_TASKS]
-    add("--pretext", nargs="+", choices=pretext.TASKS, default=tasks, help="the inner loop's tasks")
-    add("--inner-lr", type=float, default=0.01, help="alpha; 0: joint training, no inner loop")
-    add("--inner-steps", type=int, default=1, help="K")
-    add("--first-order", action="store_true", help="drop the second derivatives")
-    add("--flat-memory", action="store_true", help="memory that does not grow with K; slower")
-    add("--pretext-weight", type=float, default=0.3, help="beta")
-    inner, support = ("per-task", "joint"), ("disjoint", "query")
-    add("--inner", choices=inner, default=inner[0], help="a loop for each task, or one for all")
-    add("--support", choices=support, default=support[0], help="query: its own images, unlabelled")
-    add("--support-batch-size", type=int, default=32, help="images of each task")
-    add("--pretext-images", choices=("target", "both"), default="target", help="both: source's too")
-    args = parse(parser)
-    if min(args.inner_steps, args.support_batch_size) < 1 or args.inner_lr < 0:
-        fail("--inner-steps and --support-batch-size: from 1 up; --inner-lr: from 0 up")
-    if args.inner_lr == 0:
-        args.inner_steps = 0
-        args.pretext = args.pretext if args.pretext_weight else []  # supervised, from scratch
-    if args.first_order and args.pretext and not args.pretext_weight:
-        fail("--first-order --pretext-weight 0: the pretext heads would never learn; give a weight")
-    return args
-
-
-if __name__ == "__main__":
+def start(main: Callable[[], None]) -> None:
+    """Runs main in each process that torchrun has started, or in this one alone."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (it is closed)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    rank, ranks = (os.environ.get(name) or "0" for name in ("RANK", "WORLD_SIZE"))
     try:
-        if RANKS > 1:
+        if not (rank + ranks).isdecimal() or int(rank) >= int(ranks) > 1:
+            wrong = f"RANK {rank} of WORLD_SIZE {ranks}"
+            raise ValueError(f"{wrong}: unset them, or start with torchrun")
+        if int(ranks) > 1:
             dist.init_process_group()
+            if torch.accelerator.is_available():
+                torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         main()
     except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("stopped; the same command goes on from the last row of its log", 130)
+
+
+# --- the arm's own arguments ---
+OWN = [  # defaults with one environment, and with several
+    {"inner": "per-task", "inner_lr": 0.01, "pretext_weight": 0.3},
+    {"inner": "joint", "inner_lr": 3.0, "pretext_weight": 0.1},
+]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common_arguments()
+    parser.set_defaults(lr=2e-3)
+    parser.epilog = f"Defaults with one environment, and with several: {OWN}"
+    add = parser.add_argument_group("algorithm").add_argument
+    usual = f"of the inner loop; None: {' '.join(pretext.DEFAULT_TASKS)}"
+    add("--pretext", nargs="+", choices=pretext.TASKS, help=usual)
+    add(
+        "--inner-lr",
+        type=float,
+        help="alpha; 0: joint training, no inner loop",
+        **DEPENDS,
+    )
+    add("--inner-steps", type=int, default=1, help="K")
+    add("--first-order", action="store_true", help="drop the second derivatives")
+    add(
+        "--flat-memory", action="store_true", help="memory does not grow with K; slower"
+    )
+    add("--pretext-weight", type=float, help="beta", **DEPENDS)
+    how, whose, what = ("per-task", "joint"), ("target", "both"), ("disjoint", "query")
+    add("--inner", choices=how, help="a loop for each task, or one for all", **DEPENDS)
+    balance = "how a joint loop weighs its tasks"
+    add("--balance", choices=("mean", "nash"), default="mean", help=balance)
+    add(
+        "--support", choices=what, default=what[0], help="query: its images, unlabelled"
+    )
+    add("--support-batch-size", type=int, default=32, help="images of each task")
+    add(
+        "--pretext-images",
+        choices=whose,
+        default=whose[0],
+        help="both: the source's too",
+    )
+    args = parse(parser, OWN)
+    learned = [name for name in args.pretext or [] if name in pretext.LEARNED]
+    if min(args.inner_steps, args.support_batch_size) < 1 or args.inner_lr < 0:
+        fail("--inner-steps and --support-batch-size: from 1 up; --inner-lr: from 0 up")
+    if learned and args.first_order:
+        fail(f"--first-order: {learned[0]} is learned through the second order alone")
+    if learned and args.pretext_weight:
+        fail(f"--pretext-weight above 0 would make {learned[0]} trivial: give 0")
+    if args.first_order and not args.pretext_weight:
+        fail("--first-order --pretext-weight 0: the pretext heads would never learn")
+    if args.inner_lr == 0:  # joint training: nothing is adapted, so one loop is enough
+        args.inner_steps, args.inner = 0, "joint"
+    if args.balance == "nash" and (args.inner != "joint" or not args.inner_steps):
+        fail("--balance nash weighs the tasks of one inner loop: give --inner joint")
+    if args.pretext_images == "both":
+        pretext.check(args.source)
+    return args
+
+
+if __name__ == "__main__":
+    start(main)
