@@ -1,226 +1,311 @@
-"""Compare runs, `python compare.py runs`: accuracy against steps as a figure, and a short table."""
+"""Compare runs: `python compare.py runs` draws accuracy against steps.
+
+It also writes a table. Both show means over seeds with 95% t intervals.
+"""
 
 import argparse
+import csv
 import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib import cycler, figure, rc_context
+from matplotlib import cycler, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-HEADER = "phase,step,total_step,images,labels,flops,seconds,train_loss,accuracy,accuracy_adapted"
-HEADER += ",pretext_loss,pretext_loss_adapted"
+HEADER = (
+    "phase,step,total_step,images,labels,flops,seconds,train_loss,"
+    "accuracy,accuracy_adapted,pretext_loss,pretext_loss_adapted"
+)
 FIELDS = [(column, float) for column in HEADER.split(",")[1:]]
-AXES = {"total_step": "training steps", "step": "steps on the desired task", "flops": "FLOPs"}
-AXES |= {"seconds": "training time (s)", "images": "images seen", "labels": "labelled images seen"}
-UPWARDS = {"accuracy": "accuracy (%)", "accuracy_adapted": "accuracy, adapted (%)"}
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9".split() * 3  # Okabe and Ito's
-STYLE = {"font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 3.5, "axes.ymargin": 0.12}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
-STYLE["axes.prop_cycle"] = cycler(color=COLOURS, marker=[*"osD^vPX" * 3], ls=["-", "--", "-."] * 7)
+AXES = {
+    "total_step": "training steps",
+    "step": "steps on the desired task",
+    "flops": "FLOPs",
+    "seconds": "seconds",
+    "images": "images",
+    "labels": "labelled images",
+}
+# Okabe and Ito's, and gray
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9 #888888"
+STYLE = {
+    "axes.prop_cycle": cycler(color=COLOURS.split() * 7, marker=[*"osD^vPX" * 8]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.ymargin": 0.12,
+    "font.size": 8,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "pdf.fonttype": 42,
+}
+# Student's t for 2 to 10 seeds; for more, a bit too wide
+T95 = (12.706205, 4.302653, 3.18245, 2.776445, 2.57058, 2.44691, 2.36462, 2.306, 2.2622)
+NOT_ADAPTED = {"ls": "--", "lw": 0.8, "marker": ""}
 
 
 @dataclass
 class Run:
-    """One seed of one arm; logs are [evaluations] of FIELDS, NaN where a cell is empty."""
+    """One seed of one arm. Its logs have FIELDS, NaN where a cell is empty."""
 
     label: str
     dataset: str
     seed: int
     pretraining: np.ndarray
-    log: np.ndarray  # on the desired task
+    log: np.ndarray  # [evaluations], on the desired task
     finished: bool
     folder: Path
 
 
+Arms = dict[str, list[Run]]  # by label
+
+
+def describe(path: Path) -> dict:
+    """Return what the rows of a CSV file do not say themselves."""
+    if path.name != "metrics.csv":  # a protocol's file, of finished runs
+        return {"dataset": path.stem, "steps": 0}
+    config = json.loads(path.with_name("config.json").read_bytes())
+    dataset = Path(config["dataset"]).resolve().name
+    name = f"-{path.absolute().parts[-3]}-"  # ARM-DATASET-flags
+    label = name.replace(f"-{dataset}-", "-").strip("-") or dataset
+    if config["eval_on"] != "test":
+        dataset += f"-{config['eval_on']}"
+    return config | {"dataset": dataset, "run": label}
+
+
 def read_file(path: Path) -> list[Run]:
-    """The run of a metrics.csv, or the runs, all finished, of a CSV file with `run` and `seed`."""
-    header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    dataset, steps, wanted = path.stem, 0, f"run,seed,{HEADER}"
-    if path.name == "metrics.csv":
-        told = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-        dataset, steps, wanted = Path(told["dataset"]).resolve().name, told["steps"], HEADER
-        label = f"-{path.absolute().parts[-3]}-".replace(f"-{dataset}-", "-").strip("-") or dataset
-        lines = [f"{label},{told['seed']},{line}" for line in lines]
-        dataset += "" if told["eval_on"] == "test" else f"-{told['eval_on']}"
-    if header != wanted:
-        raise ValueError(f"its columns are {header!r}, not {wanted!r}")
-    rows: dict[tuple, list] = {}
-    for line in lines:
-        label, seed, _, *cells = line.rsplit(",", len(FIELDS) + 2)
-        rows.setdefault((label, int(seed)), []).append(tuple(float(x or "nan") for x in cells))
-    runs = []
-    for (label, seed), each in rows.items():
-        log = np.array(each, FIELDS)
-        before, finished = np.isnan(log["accuracy"]), log["total_step"][-1] >= steps
-        runs.append(Run(label, dataset, seed, log[before], log[~before], finished, path.parent))
+    """Return the run of a metrics.csv, or the runs of a CSV file with `run,seed`."""
+    told = describe(path)
+    logs = {}
+    with path.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file, restval="(cut off)"):
+            row = told | row
+            cells = tuple(float(row[column] or "nan") for column, _ in FIELDS)
+            logs.setdefault((row["run"], int(row["seed"])), []).append(cells)
+    dataset, runs = told["dataset"], []
+    for (label, seed), rows in logs.items():
+        log = np.array(rows, FIELDS)
+        before = np.isnan(log["accuracy"])
+        done = log["total_step"][-1] >= told["steps"]
+        run = Run(label, dataset, seed, log[before], log[~before], done, path.parent)
+        runs.append(run)
     return [run for run in runs if len(run.log)]  # the others still pretrain
 
 
 def read(paths: list[Path]) -> list[Run]:
-    """Every run with an accuracy below `paths`, folders or CSV files. ValueError names the file."""
+    """Return every run with an accuracy below `paths`, folders or CSV files."""
     runs = []
-    for path in map(Path, paths):
+    for path in paths:
         for file in sorted(path.rglob("metrics.csv")) if path.is_dir() else [path]:
             try:
                 runs += read_file(file)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                what = f"config.json has no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"{file}: {what}; run that arm again or leave it out") from error
+                raise ValueError(f"{file} or its config.json: {error!r}") from error
     if not runs:
-        raise ValueError(f"no run with an accuracy below {', '.join(map(str, paths))}; run an arm")
+        raise ValueError(f"{[*map(str, paths)]}: no run has an accuracy; run an arm")
     return runs
 
 
-def group(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
-    """-> {dataset: {label: its runs, by seed}}, without unfinished ones beside finished ones."""
+def group(runs: list[Run]) -> dict[str, Arms]:
+    """Return each dataset's arms, without unfinished seeds beside finished ones."""
     finished = {(run.dataset, run.label) for run in runs if run.finished}
-    groups: dict[str, dict] = {}
+    groups = {}
     for run in sorted(runs, key=lambda run: run.seed):
-        if not run.finished and (run.dataset, run.label) in finished:
-            print(f"compare.py: left out, for it is unfinished: {run.folder}", file=sys.stderr)
+        label = run.label if run.finished else f"{run.label} (unfinished)"
+        if label != run.label and (run.dataset, run.label) in finished:
+            print(f"compare.py: left out, unfinished: {run.folder}", file=sys.stderr)
             continue
-        seeds = groups.setdefault(run.dataset, {}).setdefault(run.label, [])
+        seeds = groups.setdefault(run.dataset, {}).setdefault(label, [])
         if seeds and seeds[-1].seed == run.seed:
-            raise ValueError(f"{seeds[-1].folder} and {run.folder} are one run; give one of them")
+            raise ValueError(f"{seeds[-1].folder}, {run.folder}: one run; give one")
         seeds.append(run)
     return groups
 
 
-def t_critical(df: int, level: float = 0.95) -> float:
-    """The t with P(|T| <= t) = level, for Student's T with df >= 1 degrees of freedom."""
-    angle = np.linspace(0, np.pi / 2, 10_001)  # t = sqrt(df) tan(angle)
-    density = np.cos(angle) ** (df - 1)  # of the angle, up to a factor
-    inside = np.append(0, np.cumsum(density[1:] + density[:-1]))  # trapezoids
-    return float(np.sqrt(df) * np.tan(np.interp(level, inside / inside[-1], angle)))
-
-
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and half width of the t interval over axis 0 (seeds); the half of one seed is NaN."""
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and half width of the 95% t interval over axis 0; NaN for one."""
     mean, n = np.mean(values, axis=0), len(values)
     if n == 1:
         return mean, np.full_like(mean, np.nan)
-    return mean, t_critical(n - 1, level) * np.std(values, axis=0, ddof=1) / np.sqrt(n)
+    t = T95[min(n, 10) - 2]
+    return mean, t * np.std(values, axis=0, ddof=1) / np.sqrt(n)
 
 
 def first_for_good(x: np.ndarray, accuracy: np.ndarray, goal: float) -> float:
-    """The first x from which accuracy is never below `goal` again, linear between; NaN: none."""
-    if accuracy[-1] < goal:
-        return np.nan
+    """Return the x from which accuracy is never below `goal` again; NaN: none."""
     below = np.flatnonzero(accuracy < goal)
     if not len(below):
         return x[0]
-    return np.interp(goal, accuracy[below[-1] :][:2], x[below[-1] :][:2])
+    pair = slice(below[-1], below[-1] + 2)  # linear between these two
+    return np.interp(goal, accuracy[pair], x[pair], right=np.nan)
 
 
-def reach(run: Run, base: Run) -> list[float]:
-    """[steps from which on `run` is never below what `base`, of its seed, ended with; these over
-    all steps of `base`; FLOPs until there over its FLOPs]; NaN: never."""
-    steps = first_for_good(run.log["total_step"], run.log["accuracy"], base.log["accuracy"][-1])
-    flops = np.interp(steps, run.log["total_step"], run.log["flops"])
-    return [steps, steps / base.log["total_step"][-1], flops / base.log["flops"][-1]]
+class Reached(NamedTuple):
+    """Where a run has for good what a baseline ended with; NaN if nowhere."""
+
+    steps: float
+    step_ratio: float  # to all of the baseline's
+    flop_ratio: float
+
+
+def reach(run: Run, base: Run) -> Reached:
+    """Return where `run` reaches the end of `base`, which has the same seed."""
+    log, end = run.log, base.log[-1]
+    steps = first_for_good(log["total_step"], log["accuracy"], end["accuracy"])
+    flops = np.interp(steps, log["total_step"], log["flops"])
+    return Reached(steps, steps / end["total_step"], flops / end["flops"])
 
 
 def cell(values: np.ndarray, form: str) -> str:
-    """'mean ± half width' of values [seeds], each written in `form`; '' where one is missing."""
-    if not len(values) or not np.all(np.isfinite(values)):
+    """Return 'mean ± half width' over seeds, in `form`; '' where one is missing."""
+    if not len(values) or not np.isfinite(values).all():
         return ""
     mean, half = mean_interval(values)
     return f"{mean:{form}}" + (f" ± {half:{form}}" if len(values) > 1 else "")
 
 
-def table(arms: dict[str, list[Run]], baseline: str | None) -> str:
-    """A Markdown table; ratios are to all the steps and FLOPs of `baseline`, a label or None."""
+def table(arms: Arms, baseline: str | None) -> str:
+    """Return a Markdown table; ratios are to the arm labelled `baseline`."""
     bases = {run.seed: run for run in arms.get(baseline, [])}
-    head = "arm|seeds|final accuracy (%)|adapted (%)|steps to the baseline's final accuracy"
-    rows = [f"{head}|ratio of steps|ratio of FLOPs".split("|"), ["---"] * 7]
+    head = "arm|seeds|final accuracy (%)|adapted (%)|"
+    head += "steps to the baseline's final accuracy|ratio of steps|ratio of FLOPs"
+    rows = [head.split("|"), ["---"] * 7]
     for label, runs in arms.items():
-        finals = [cell([100 * run.log[y][-1] for run in runs], ".1f") for y in UPWARDS]
+        row = [label, str(len(runs))]
+        for y in ("accuracy", "accuracy_adapted"):
+            row.append(cell([100 * run.log[y][-1] for run in runs], ".1f"))
         found = [reach(run, bases[run.seed]) for run in runs if run.seed in bases]
-        steps, *ratios = np.array(found).reshape(-1, 3).T
-        cells = [cell(steps, ".0f"), *(cell(ratio, ".2f") for ratio in ratios)]
-        if np.isnan(steps).any():
-            cells = [f"{np.isfinite(steps).sum()} of {len(steps)} seeds", "", ""]
-        rows.append([label, str(len(runs)), *finals, *cells])
+        steps = [one.steps for one in found]
+        there = f"{np.isfinite(steps).sum()} of {len(found)} seeds"
+        row.append(there if np.isnan(steps).any() else cell(steps, ".0f"))
+        row.append(cell([one.step_ratio for one in found], ".2f"))
+        row.append(cell([one.flop_ratio for one in found], ".2f"))
+        rows.append(row)
     columns = [column for column in zip(*rows, strict=True) if any(column[2:])]
-    aligned = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
-    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*aligned, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    rows = [map(str.ljust, row, widths) for row in zip(*columns, strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def draw(ax, arms: dict[str, list[Run]], column: str, y="accuracy", colours=None) -> list[tuple]:
-    """Draw mean y, with its 95% t interval, against `column`; returns what label_ends takes."""
-    ends, across = [], ax.get_xaxis_transform()  # across: y from 0 (bottom) to 1
+def over_steps(runs: list[Run], column: str) -> np.ndarray:
+    """Return a column at the first seed's steps that all reached, [seeds, steps]."""
+    logs = [run.log for run in runs]
+    steps = logs[0]["total_step"]
+    steps = steps[steps <= min(log["total_step"][-1] for log in logs)]
+    return np.array([np.interp(steps, log["total_step"], log[column]) for log in logs])
+
+
+def draw(
+    ax: Axes,
+    arms: Arms,
+    column: str,
+    y: str = "accuracy",
+    colours: dict | None = None,
+    **look: object,
+) -> list[Line2D]:
+    """Draw mean y, with its interval, against `column`. Return the curves.
+
+    colours: by label. look: options of ax.plot.
+    """
+    curves = []
     for label, runs in arms.items():
-        steps = [run.log["total_step"] for run in runs]  # t: of any seed, where all have a curve
-        t = np.unique(np.clip(np.concatenate(steps), max(map(min, steps)), min(map(max, steps))))
-        x = np.mean([np.interp(t, r.log["total_step"], r.log[column]) for r in runs], axis=0)
-        mean, half = mean_interval([np.interp(t, r.log["total_step"], r.log[y]) for r in runs])
-        mean, half = 100 * mean, 100 * half  # percent
-        (line,) = ax.plot(x, mean, color=(colours or {}).get(label), markevery=len(x) // 12 + 1)
-        colour = line.get_color()
-        ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
-        if np.isfinite(x[-1] + mean[-1]):
-            ends.append((mean[-1], x[-1], re.sub(r"-(?=\w+=)", "\n", label), colour))  # flags
-        until = np.mean([run.pretraining[column].max(initial=0) for run in runs])
-        if until > 0 and column != "step":  # pretraining has steps of its own
-            floor = 0.02 + 0.05 * len(ax.texts)  # above those of the arms before
-            ax.hlines(floor, 0, until, colour, ":", transform=across)
-            ax.text(until, floor, " pretraining", size=6, va="center", transform=across)
-    ax.set(xlabel=AXES[column], ylabel=UPWARDS[y])
-    ax.locator_params(axis="x", nbins=5)
-    return ends
+        x = over_steps(runs, column).mean(0)
+        mean, half = mean_interval(100 * over_steps(runs, y))
+        curves += ax.plot(x, mean, color=(colours or {}).get(label), **look)
+        colour = curves[-1].get_color()
+        ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.1, lw=0)
+        ax.hlines(mean[0], 0, x[0], colour, ":")
+        if x[0] > 0 and not ax.texts:
+            ax.annotate("dotted: pretraining", (4, 2), None, "axes points", size=7)
+        curves[-1].set_label(re.sub(r"-(?=\w+=)", "\n", label))
+    ax.set(xlabel=AXES[column], ylabel="accuracy (%)")
+    return curves
 
 
-def label_ends(ax, ends: list[tuple]) -> None:
-    """Write each (y, x, label, colour) right of `ax`, near the height y, from the top down."""
-    ax.figure.draw_without_rendering()  # settles where ax is
-    bottom, free = ax.get_window_extent().y0, np.inf  # in points: what is free, below it,
-    rest = sum(9.4 * (1 + label.count("\n")) for _, _, label, _ in ends)  # and is still needed
-    for y, x, label, colour in sorted(ends, reverse=True):
-        half = 4.7 * (1 + label.count("\n"))
-        rest -= 2 * half
-        wanted = (ax.transData.transform((x, y))[1] - bottom) * 72 / ax.figure.dpi
-        place = min(max(wanted, rest + half), free - half)
-        free = place - half
+def label_height(curve: Line2D) -> float:
+    """Return the height of a curve's label in points."""
+    return 9.4 * (1 + curve.get_label().count("\n"))
+
+
+def label_ends(ax: Axes, curves: list[Line2D]) -> None:
+    """Write each label right of `ax`, near the end of its curve."""
+    ax.figure.draw_without_rendering()  # settles how high ax is
+    points = ax.get_window_extent().height * 72 / ax.figure.dpi
+    needed = sum(map(label_height, curves))  # by the labels to come
+    free = np.inf  # nothing stands below this height yet
+    for curve in sorted(curves, key=lambda curve: -curve.get_ydata()[-1]):
+        colour, height = curve.get_color(), label_height(curve)
+        end = curve.get_xydata()[-1]
+        wanted = ax.transLimits.transform(end)[1] * points
+        top = min(max(wanted + height / 2, needed), free)
+        free = top - height
+        needed -= height
+        place = (1.04, (top + free) / 2 / points)
         link = {"arrowstyle": "-", "color": colour, "lw": 0.5, "relpos": (0, 0.5)}
         look = {"color": colour, "size": 7, "va": "center", "arrowprops": link}
-        ax.annotate(label, (x, y), (1.04, place), "data", ("axes fraction", "axes points"), **look)
+        ax.annotate(curve.get_label(), end, place, "data", "axes fraction", **look)
+
+
+def make_figure(arms: Arms, column: str, title: str) -> Figure:
+    """Return the curves of all arms; of one that adapts, with and without it."""
+    figure = Figure(layout="constrained")
+    ax = figure.subplots(subplot_kw={"title": title})
+    curves = []
+    for label, runs in arms.items():
+        if np.isnan(runs[0].log["accuracy_adapted"][-1]):
+            curves += draw(ax, {label: runs}, column)
+            continue
+        curves += draw(ax, {f"{label}, adapted": runs}, column, "accuracy_adapted")
+        name = f"{label}, not adapted"
+        colours = {name: curves[-1].get_color()}
+        curves += draw(ax, {name: runs}, column, colours=colours, **NOT_ADAPTED)
+    figure.set_size_inches(5.5, max(2.8, 0.8 + sum(map(label_height, curves)) / 72))
+    label_ends(ax, curves)
+    return figure
+
+
+def report(dataset: str, arms: Arms, args: argparse.Namespace) -> None:
+    """Print the table of one dataset; write it and the figure, and say where."""
+    pattern = "fine-tuned|pretrain_finetune(?!.*pretrain_steps=0)"
+    tuned = [label for label in arms if re.match(pattern, label)]
+    baseline = args.baseline or (tuned[0] if len(tuned) == 1 else None)
+    note = "none; --baseline ARM names one"
+    if baseline:
+        note = f"{baseline}; steps are without adapting"
+    text = f"{dataset}, baseline: {note}\n\n{table(arms, baseline)}\n"
+    files = [args.out / f"{dataset}.{kind}" for kind in ("md", "png", "pdf")]
+    files[0].write_text(text, encoding="utf-8")
+    with rc_context(STYLE):
+        figure = make_figure(arms, args.x, dataset)
+        for file in files[1:]:
+            figure.savefig(file, dpi=300)
+    print(f"{text}\nwrote {', '.join(map(str, files))}\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw and print a figure and a table for each dataset; exits with 2 at a user's error."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Compare the runs; a user's error ends with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.error = lambda error: parser.exit(2, f"compare.py: {error}\n")
-    parser.add_argument("paths", nargs="+", type=Path, help="folders of runs, or CSV files")
-    parser.add_argument("--baseline", metavar="ARM", help="default: the one fine-tuned arm")
-    parser.add_argument("--x", choices=AXES, default="total_step", help="default: %(default)s")
-    parser.add_argument("--y", choices=UPWARDS, default="accuracy", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="folder for the files; default: the first path")
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, help="folders of runs, or CSV files")
+    add("--baseline", metavar="ARM", help="default: the one fine-tuned arm")
+    add("--x", choices=AXES, default="total_step", help="the figure's x")
+    add("--out", type=Path, help="default: the first path")
     args = parser.parse_args(argv)
-    out = args.out or (args.paths[0] if args.paths[0].is_dir() else args.paths[0].parent)
+    first = args.paths[0]
+    args.out = args.out or (first.parent if first.is_file() else first)
     try:
         groups = group(read(args.paths))
         labels = sorted({label for arms in groups.values() for label in arms})
-        if args.baseline and args.baseline not in labels:
-            raise ValueError(f"--baseline {args.baseline}: the arms are {', '.join(labels)}")
-        out.mkdir(parents=True, exist_ok=True)
+        if args.baseline not in [None, *labels]:
+            raise ValueError(f"--baseline {args.baseline}: the arms are {labels}")
+        args.out.mkdir(parents=True, exist_ok=True)
         for dataset, arms in groups.items():
-            default = "fine-tuned|pretrain_finetune(?!.*pretrain_steps=0)"  # and pretrained
-            tuned = [label for label in arms if re.match(default, label)]
-            baseline = args.baseline or (tuned[0] if len(tuned) == 1 else None)
-            note = baseline or "none, so no steps to reach it; --baseline ARM names one"
-            text = f"{dataset}, baseline: {note}\n\n{table(arms, baseline)}\n"
-            (out / f"{dataset}.md").write_text(text, encoding="utf-8")
-            with rc_context(STYLE):
-                height = 2.5 + "".join(arms).count("=") / 8  # flags: a line each, beside the curve
-                canvas = figure.Figure((4.2, height), layout="constrained")
-                ax = canvas.subplots(subplot_kw={"title": dataset})
-                label_ends(ax, draw(ax, arms, args.x, args.y))
-                canvas.savefig(out / f"{dataset}.png", dpi=300)
-                canvas.savefig(out / f"{dataset}.pdf")
-            print(text)
+            report(dataset, arms, args)
     except (OSError, ValueError) as error:
         parser.error(error)
 

@@ -126,7 +126,8 @@ def nash_weights(losses: Tensor, weights: Weights) -> Tensor:
         columns.append(torch.cat([g.flatten() for g in gradients]))
     lengths = torch.stack([column.norm() for column in columns])
     unit = torch.stack(columns) / lengths.clamp(min=1e-30)[:, None]
-    products = unit @ unit.T + 1e-8 * torch.eye(len(unit)).to(unit)
+    ridge = 10 * torch.finfo(unit.dtype).eps  # for gradients that depend on another
+    products = unit @ unit.T + ridge * torch.eye(len(unit)).to(unit)
     a = torch.ones_like(lengths)
     for _ in range(50):
         slope = products @ a - 1 / a

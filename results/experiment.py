@@ -1,17 +1,25 @@
-"""Our experiment: what is run, what is asked of it, how that is judged, and its figures.
+"""Our experiment: what is run, what is asked of it, how it is judged, its figures.
 
-    python results/experiment.py run environments --jobs 2   # trains; goes on where it stopped
-    python results/experiment.py gather environments         # its logs -> results/environments.csv
-    python results/experiment.py report                      # figures and verdicts, from the CSVs
+    python results/experiment.py run environments --jobs 2   # trains, or goes on
+    python results/experiment.py gather environments         # its logs -> a CSV file
+    python results/experiment.py report                      # CSV files -> the rest
 
-`run` keeps logs and checkpoints below runs/PROTOCOL/. What is tried (TRIALS) and what is asked
-(QUESTIONS) was written down before the runs. Asked afterwards: on CIFAR-10 MAML against joint
-training, both retuned; how many steps joint training needs; on photographs steps, FLOPs and MAML
-against colorization; on shapes colorization against from scratch. Not included: CIFAR-10 and the
-source, every second class of Tiny ImageNet at 32 x 32, both folders of JPEG images in data/.
+`run` keeps logs and checkpoints below runs/PROTOCOL/; `gather` writes
+results/PROTOCOL.csv; `report` draws every figure and writes every verdict.
+
+What is tried (TRIALS) and what is asked (QUESTIONS) was written down before the
+runs. Asked afterwards: on CIFAR-10 MAML against joint training, both retuned; how
+many steps joint training needs; on photographs steps, FLOPs and MAML against
+colorization; on shapes colorization against from scratch.
+
+Not included: CIFAR-10 and the source, every second class of Tiny ImageNet at
+32 x 32, both folders of JPEG images in data/.
 """
 
 import argparse
+import csv
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -19,11 +27,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -34,170 +45,271 @@ import compare  # noqa: E402
 import maml_ssl  # noqa: E402
 import pretext  # noqa: E402
 
-# --- what is run: {protocol: (seeds, {run: command})} ---
-# CIFAR-10, with the arms' own defaults where none is given. Pretraining takes a quarter, a half or
-# three quarters of the steps; the headline takes the share that validation prefers over the seeds
-# 100 to 102 (protocol shares, and shares-10000); all are reported.
+# --- what is run: images of one distribution ---
+# CIFAR-10, with the arms' own defaults where nothing is given. Pretraining takes a
+# quarter, a half or three quarters of the steps. The headline takes the share that
+# validation prefers over the seeds 100 to 102 (protocols shares, shares-10000).
+# All are reported.
 SHARES = (25, 50, 75)
+CIFAR = "--dataset data/cifar10 --source data/tiny-imagenet-32"
+FROM_SCRATCH = "pretrain_finetune.py --pretrain-steps 0"
+JOINT = "maml_ssl.py --inner-lr 0"
 
 
 def cifar(labels: int = 500, steps: int = 2000) -> dict[str, str]:
-    """-> the arms' commands with that many labels per class and steps, pretraining included."""
-    flags = "--dataset data/cifar10 --source data/tiny-imagenet-32"
-    flags += f" --labels-per-class {labels} --steps {steps}"
+    """The arms' commands: labels per class, and steps, pretraining included."""
+    flags = f"{CIFAR} --labels-per-class {labels} --steps {steps}"
     commands = {
-        "scratch": f"pretrain_finetune.py --pretrain-steps 0 {flags}",
+        "scratch": f"{FROM_SCRATCH} {flags}",
         "maml": f"maml_ssl.py {flags}",
-        "joint": f"maml_ssl.py --inner-lr 0 --lr .001 --pretext-weight .03 {flags}",
+        "joint": f"{JOINT} --lr .001 --pretext-weight .03 {flags}",
     }
     for share in SHARES:
-        flag = f"--pretrain-steps {steps * share // 100}"
-        commands[f"fine-tuned-{share}"] = f"pretrain_finetune.py {flags} {flag}"
-        commands[f"probed-{share}"] = f"linear_probe.py {flags} {flag}"
+        some = f"{flags} --pretrain-steps {steps * share // 100}"
+        commands[f"fine-tuned-{share}"] = f"pretrain_finetune.py {some}"
+        commands[f"probed-{share}"] = f"linear_probe.py {some}"
     return commands
 
 
 PHOTOS = cifar()
+MAML = PHOTOS["maml"]
 FINE_TUNED = [f"fine-tuned-{share}" for share in SHARES]
 PRETRAINED = FINE_TUNED + [f"probed-{share}" for share in SHARES]
-LONG = {arm: f"{cifar(steps=10000)[arm]} --eval-on val" for arm in FINE_TUNED}
-SELF_SUPERVISED = "--pretrain rotation colorization masked_autoencoding contrastive"
+VALIDATION = "--eval-on val"
+SHORT = {arm: f"{PHOTOS[arm]} {VALIDATION}" for arm in PRETRAINED}
+LONG = {arm: f"{cifar(steps=10000)[arm]} {VALIDATION}" for arm in FINE_TUNED}
+
+FOUR = "rotation colorization masked_autoencoding contrastive"
 CONTROLS = {
-    "first-order": f"{PHOTOS['maml']} --first-order",
-    "random-labels": f"{PHOTOS['maml']} --pretext random_labels",
-    "self-supervised": f"{PHOTOS['fine-tuned-25']} {SELF_SUPERVISED}",
-    "no-inner-loop": f"{PHOTOS['maml']} --inner-lr 0",
-    "maml-both": f"{PHOTOS['maml']} --pretext-images both",
-    # what TUNE_PHOTOS prefers, for MAML (joint training's settings above) and for joint training
-    "joint-settings": f"{PHOTOS['maml']} --lr .001 --pretext-weight .03",
+    "first-order": f"{MAML} --first-order",
+    "random-labels": f"{MAML} --pretext random_labels",
+    "self-supervised": f"{PHOTOS['fine-tuned-25']} --pretrain {FOUR}",
+    "no-inner-loop": f"{MAML} --inner-lr 0",
+    "maml-both": f"{MAML} --pretext-images both",
+    # What TUNE_PHOTOS prefers for MAML: the settings of joint training above
+    "joint-settings": f"{MAML} --lr .001 --pretext-weight .03",
+    # What it prefers for joint training
     "joint-tuned": f"{PHOTOS['joint']} --pretext-weight .3",
 }
-TRIAL = "--steps 600 --eval-on val"
-# An inner loop that moves: of these the one with the best validation accuracy among those whose
-# inner step lowers the pretext loss at the evaluation by a tenth or more (seed 100)
-MOVING = {f"alpha-{a}": f"{PHOTOS['maml']} --inner-lr {a} {TRIAL}" for a in (0.1, 0.3, 1, 3)}
-MOVING |= {f"{run}-5-steps": f"{MOVING[run]} --inner-steps 5" for run in ("alpha-0.1", "alpha-1")}
-# MAML and joint training on photographs, tuned again with the same eight settings, and with one
-# more beyond each edge that the best of an arm lies on. Seeds 101 and 102 are for what is within
-# two points of an arm's best with seed 100 (`run tune-photos --only ...`): there the mean decides
+TRIAL = f"--steps 600 {VALIDATION}"
+
+# An inner loop that moves. Of those whose inner step lowers the pretext loss at the
+# evaluation by a tenth or more: the one with the best validation accuracy (seed 100).
+MOVING = {}
+for alpha in (0.1, 0.3, 1, 3):
+    MOVING[f"alpha-{alpha}"] = f"{MAML} --inner-lr {alpha} {TRIAL}"
+for run in ("alpha-0.1", "alpha-1"):
+    MOVING[f"{run}-5-steps"] = f"{MOVING[run]} --inner-steps 5"
+
+# MAML and joint training, tuned again: the same eight settings for both, and one more
+# beyond each edge that the best of an arm lies on. Seeds 101 and 102 are for what is
+# within two points of an arm's best with seed 100 (`run tune-photos --only ...`).
+# There the mean decides.
 GRID = [*product(("maml", "joint"), (".001", ".002"), (".03", ".1", ".3", "1"))]
-GRID += [("joint", ".0005", ".3"), ("maml", ".0005", ".03"), ("maml", ".001", ".01")]
-TUNE_PHOTOS = {
-    f"{arm}-{lr}-{weight}": f"{PHOTOS[arm]} --lr {lr} --pretext-weight {weight} {TRIAL}"
-    for arm, lr, weight in GRID
-}
-# Eight settings for each arm with several environments. Chosen is, with seed 100, the best mean
-# accuracy over the training environments' validation images after the last step, adapted where
-# the arm adapts; of equal ones the first. Where adapting arms have trials within two points of the
-# best (CLOSE), the mean of three seeds decides. The new environment has no say.
-INNER = [
+GRID.append(("joint", ".0005", ".3"))
+GRID.append(("maml", ".0005", ".03"))
+GRID.append(("maml", ".001", ".01"))
+TUNE_PHOTOS = {}
+for arm, lr, weight in GRID:
+    flags = f"--lr {lr} --pretext-weight {weight} {TRIAL}"
+    TUNE_PHOTOS[f"{arm}-{lr}-{weight}"] = f"{PHOTOS[arm]} {flags}"
+
+
+# --- what is run: several environments ---
+# Eight settings for each arm. Chosen is, with seed 100, the best mean accuracy over
+# the training environments' validation images after the last step, adapted where the
+# arm adapts; of equal ones the first. Where adapting arms have trials within two
+# points of the best (CLOSE), the mean of three seeds decides. The new environment
+# has no say.
+class Trials(NamedTuple):
+    """What an arm is tried with; results/tune.csv holds all of it."""
+
+    command: str
+    settings: list[str]
+    best: int  # the place of what was chosen
+
+
+INNER_SETTINGS = [
     f"--lr {lr} --inner-lr {inner_lr} --pretext-weight {weight}"
     for lr, inner_lr, weight in product((".001", ".002"), (1, 3), (".1", ".3"))
 ]
-JOINT = [
+JOINT_SETTINGS = [
     f"--lr {lr} --pretext-weight {weight}"
     for lr, weight in product((".0005", ".001", ".002", ".004"), (".1", ".3"))
 ]
-SCRATCH = [f"--lr {lr}" for lr in ".0003 .0005 .001 .0015 .002 .003 .004 .006".split()]
-PRETRAINING = [
-    f"--lr {lr} --pretrain-steps {steps}" for lr in (".001", ".002") for steps in (150, 300, 450)
+RATES = ".0003 .0005 .001 .0015 .002 .003 .004 .006".split()
+SCRATCH_SETTINGS = [f"--lr {lr}" for lr in RATES]
+PRETRAINING_SETTINGS = [
+    "--lr .001 --pretrain-steps 150",
+    "--lr .001 --pretrain-steps 300",
+    "--lr .001 --pretrain-steps 450",
+    "--lr .002 --pretrain-steps 150",
+    "--lr .002 --pretrain-steps 300",
+    "--lr .002 --pretrain-steps 450",
+    "--lr .0005 --pretrain-steps 300",
+    "--lr .004 --pretrain-steps 300",
 ]
-PRETRAINING += ["--lr .0005 --pretrain-steps 300", "--lr .004 --pretrain-steps 300"]
-TRIALS = {  # arm: command, settings, number of the best of them; results/tune.csv holds all
-    "maml": ("maml_ssl.py", INNER, 6),
-    "colorization": ("maml_ssl.py --pretext colorization", INNER, 3),
-    "first-order": ("maml_ssl.py --first-order", INNER, 0),
-    "random-labels": ("maml_ssl.py --pretext random_labels", INNER, 4),
-    "joint": ("maml_ssl.py --inner-lr 0", JOINT, 6),
-    "scratch": ("pretrain_finetune.py --pretrain-steps 0", SCRATCH, 6),
-    "fine-tuned": ("pretrain_finetune.py", PRETRAINING, 5),
-    "probed": ("linear_probe.py", PRETRAINING, 5),
+COLORIZATION = "maml_ssl.py --pretext colorization"
+RANDOM = "maml_ssl.py --pretext random_labels"
+TRIALS = {
+    "maml": Trials("maml_ssl.py", INNER_SETTINGS, 6),
+    "colorization": Trials(COLORIZATION, INNER_SETTINGS, 3),
+    "first-order": Trials("maml_ssl.py --first-order", INNER_SETTINGS, 0),
+    "random-labels": Trials(RANDOM, INNER_SETTINGS, 4),
+    "joint": Trials(JOINT, JOINT_SETTINGS, 6),
+    "scratch": Trials(FROM_SCRATCH, SCRATCH_SETTINGS, 6),
+    "fine-tuned": Trials("pretrain_finetune.py", PRETRAINING_SETTINGS, 5),
+    "probed": Trials("linear_probe.py", PRETRAINING_SETTINGS, 5),
 }
 CLOSE = ("maml-0", "maml-1", "maml-2", "maml-6", "colorization-0", "colorization-3")
-CHOSEN, SHAPES, TUNE = {}, {}, {}  # SHAPES: the chosen ones on coloured_shapes
-for arm, (command, settings, best) in TRIALS.items():
-    CHOSEN[arm] = f"{command} {settings[best]}"
-    SHAPES[arm] = f"{CHOSEN[arm]} --dataset coloured_shapes"
-    for i, flags in enumerate(settings):
-        TUNE[f"{arm}-{i}"] = f"{command} {flags} --dataset coloured_shapes {TRIAL}"
-# Where does the gain end? Other sizes of support, other K, and folders (`write_environments`) where
-# colour agrees in other shares, or with gray photographs, tinted, in place of shapes.
-FOLDER = "--image-size 16 --width 8 --batch-size 128 --dataset data/coloured"
-OTHERS = {"90-10-80": (0.9, 0.1, 0.8), "80-40-90": (0.8, 0.4, 0.9), "photographs": (0.8, 0.1, 0.9)}
-WHERE = {f"support-{n}": f"{SHAPES['maml']} --support-batch-size {n}" for n in (8, 128, 256)}
-WHERE |= {f"steps-{k}": f"{SHAPES['maml']} --inner-steps {k}" for k in (3, 5)}
+CHOSEN, SHAPES, TUNE = {}, {}, {}  # SHAPES: what was chosen, on coloured_shapes
+for arm, trials in TRIALS.items():
+    CHOSEN[arm] = f"{trials.command} {trials.settings[trials.best]}"
+    SHAPES[arm] = f"{CHOSEN[arm]} --dataset coloured_shapes --steps 1000"
+    for i, flags in enumerate(trials.settings):
+        trial = f"{flags} --dataset coloured_shapes {TRIAL}"
+        TUNE[f"{arm}-{i}"] = f"{trials.command} {trial}"
+
+# Where does the gain end? Other sizes of the support, other K, and folders that
+# `write_environments` makes: colour agrees with the label in other shares, or there
+# are gray photographs, tinted, in place of shapes.
+FOLDER = "--environments --image-size 16 --width 8 --batch-size 128"
+FOLDER += " --dataset data/coloured"
+OTHERS = {
+    "90-10-80": (0.9, 0.1, 0.8),
+    "80-40-90": (0.8, 0.4, 0.9),
+    "photographs": (0.8, 0.1, 0.9),
+}
+WHERE = {}
+for size in (8, 128, 256):
+    WHERE[f"support-{size}"] = f"{SHAPES['maml']} --support-batch-size {size}"
+for k in (3, 5):
+    WHERE[f"steps-{k}"] = f"{SHAPES['maml']} --inner-steps {k}"
 for other in ("90-10-80", "80-40-90"):
-    WHERE[f"maml-{other}"] = f"{CHOSEN['maml']} --inner joint {FOLDER}-{other} --steps 1000"
-    WHERE[f"scratch-{other}"] = f"{CHOSEN['scratch']} {FOLDER}-{other} --steps 1000"
-# Each other task alone; and each with a loop of its own, which takes the whole step, where the mean
-# of four losses gives a task a quarter of it
+    for arm in ("maml", "scratch"):
+        WHERE[f"{arm}-{other}"] = f"{CHOSEN[arm]} {FOLDER}-{other} --steps 1000"
+# Each other task alone; and each with a loop of its own, which takes the whole step,
+# where the mean of four losses gives a task a quarter of it
 for task in ("rotation", "masked_autoencoding", "contrastive"):
     WHERE[task] = f"{SHAPES['colorization']} --steps 600 --pretext {task}"
 WHERE["per-task"] = f"{SHAPES['maml']} --steps 600 --inner per-task --inner-lr 1"
-# The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too; 1,500 steps
-PHOTOGRAPHS = f"{FOLDER}-photographs --source shapes --steps 1500"
-TINTED = {arm: f"{CHOSEN[arm]} {PHOTOGRAPHS}" for arm in ("scratch", "fine-tuned", "joint")}
-for arm in ("maml", "colorization"):
-    TINTED[arm] = f"{CHOSEN[arm]} {PHOTOGRAPHS} --inner joint"
+
+# The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too
+TINTED = {}
+for arm in ("scratch", "fine-tuned", "joint", "maml", "colorization"):
+    flags = f"{FOLDER}-photographs --source shapes --steps 1500"
+    TINTED[arm] = f"{CHOSEN[arm]} {flags}"
 TINTED["maml-alpha-1"] = f"{TINTED['maml']} --inner-lr 1"
+
+
+class Protocol(NamedTuple):
+    """Each command is run with each seed."""
+
+    seeds: range
+    commands: dict[str, str]  # by the name of the run
+
+
+TUNING = range(100, 103)
 PROTOCOLS = {
-    "photos": (range(5), PHOTOS | CONTROLS),
-    # other label budgets and a longer horizon, with the settings chosen for 500 and 2,000
-    "labels-100": (range(3), cifar(labels=100)),
-    "labels-5000": (range(3), cifar(labels=5000)),
-    "steps-10000": (range(3), cifar(steps=10000)),
-    "moving-tune": ([100], MOVING),
-    "tune-photos": ([100, 101, 102], TUNE_PHOTOS),
-    "shares": ([100, 101, 102], {arm: f"{PHOTOS[arm]} --eval-on val" for arm in PRETRAINED}),
-    "shares-10000": ([100, 101, 102], LONG),
-    "tinted": (range(3), TINTED),
-    "tune": ([100], TUNE),
-    "tune-again": ([101, 102], {trial: TUNE[trial] for trial in CLOSE}),
-    "environments": (range(5), SHAPES),
-    "where": (range(3), WHERE),
+    "photos": Protocol(range(5), PHOTOS | CONTROLS),
+    # other label budgets and a longer horizon, with the settings for 500 and 2,000
+    "labels-100": Protocol(range(3), cifar(labels=100)),
+    "labels-5000": Protocol(range(3), cifar(labels=5000)),
+    "steps-10000": Protocol(range(3), cifar(steps=10000)),
+    "moving-tune": Protocol(TUNING[:1], MOVING),
+    "tune-photos": Protocol(TUNING, TUNE_PHOTOS),
+    "shares": Protocol(TUNING, SHORT),
+    "shares-10000": Protocol(TUNING, LONG),
+    "tinted": Protocol(range(3), TINTED),
+    "tune": Protocol(TUNING[:1], TUNE),
+    "tune-again": Protocol(TUNING[1:], {run: TUNE[run] for run in CLOSE}),
+    "environments": Protocol(range(5), SHAPES),
+    "where": Protocol(range(3), WHERE),
 }
 
-# --- what is asked, and how it is judged: (question, arm, each of these against, counted in) ---
-# total_step, step, flops: where the arm has for good what the other ends with, over all that the
-# other used. end: points at the end, at equal steps. equal FLOPs: points where the cheaper ends.
+
+# --- what is asked ---
+class Question(NamedTuple):
+    """Asked wherever two seeds of both arms were run.
+
+    counts: total_step, step, flops: where the arm has for good what the other ends
+    with, over all that the other used. end: points at the end, at equal steps. equal
+    FLOPs: points where the cheaper of the two ends.
+    """
+
+    text: str
+    arm: str
+    others: list[str]  # it is compared with each of them
+    counts: list[str]
+
+
+STEPS, FLOPS, END = ["total_step"], ["flops"], ["end"]
 BOTH = ["end", "equal FLOPs"]
-QUESTIONS = [  # each is asked wherever two seeds of both arms were run
-    *[(f"as worded: fewer steps, {a[-2:]}%", "maml", [a], ["total_step"]) for a in PRETRAINED],
-    ("as worded: fewer steps", "maml", ["fine-tuned", "probed"], ["total_step"]),
-    ("fewer steps on the desired task alone", "maml", FINE_TUNED, ["step"]),
-    ("fewer FLOPs", "maml", ["fine-tuned", *FINE_TUNED], ["flops"]),
-    ("fewer steps without MAML", "scratch", ["fine-tuned", *FINE_TUNED], ["total_step"]),
-    ("fewer steps without MAML", "joint", ["fine-tuned", *FINE_TUNED], ["total_step"]),
-    ("fewer steps with source images", "maml-both", FINE_TUNED, ["total_step"]),
-    ("source images help", "maml-both", ["maml"], ["end"]),
-    ("better than fine-tuning", "maml", FINE_TUNED, ["end"]),
-    ("better than nothing", "maml", ["scratch"], BOTH),
-    ("better than nothing", "maml-alpha-1", ["scratch"], BOTH),
-    ("better than nothing", "colorization", ["scratch"], BOTH),
-    ("the inner loop helps", "maml", ["joint", "joint-tuned", "no-inner-loop"], BOTH),
-    ("the inner loop helps, retuned", "joint-settings", ["joint", "joint-tuned", "scratch"], BOTH),
-    ("the second order helps", "maml", ["first-order"], BOTH),
-    ("the content of the tasks helps", "maml", ["random-labels"], BOTH),
-    ("better than pretraining on the same tasks", "maml", ["self-supervised"], BOTH),
-    ("better than fine-tuning", "maml", ["fine-tuned"], BOTH),
-    ("several tasks help", "maml", ["colorization"], ["end"]),
+TUNED = ["fine-tuned", *FINE_TUNED]
+QUESTIONS = []
+for arm in PRETRAINED:
+    text = f"as worded: fewer steps, {arm[-2:]}%"
+    QUESTIONS.append(Question(text, "maml", [arm], STEPS))
+QUESTIONS += [
+    Question("as worded: fewer steps", "maml", ["fine-tuned", "probed"], STEPS),
+    Question("fewer steps on the desired task alone", "maml", FINE_TUNED, ["step"]),
+    Question("fewer FLOPs", "maml", TUNED, FLOPS),
+    Question("fewer steps without MAML", "scratch", TUNED, STEPS),
+    Question("fewer steps without MAML", "joint", TUNED, STEPS),
+    Question("fewer steps with source images", "maml-both", FINE_TUNED, STEPS),
+    Question("source images help", "maml-both", ["maml"], END),
+    Question("better than fine-tuning", "maml", FINE_TUNED, END),
+    Question("better than nothing", "maml", ["scratch"], BOTH),
+    Question("better than nothing", "maml-alpha-1", ["scratch"], BOTH),
+    Question("better than nothing", "colorization", ["scratch"], BOTH),
+    Question(
+        "the inner loop helps",
+        "maml",
+        ["joint", "joint-tuned", "no-inner-loop"],
+        BOTH,
+    ),
+    Question(
+        "the inner loop helps, retuned",
+        "joint-settings",
+        ["joint", "joint-tuned", "scratch"],
+        BOTH,
+    ),
+    Question("the second order helps", "maml", ["first-order"], BOTH),
+    Question("the content of the tasks helps", "maml", ["random-labels"], BOTH),
+    Question(
+        "better than pretraining on the same tasks", "maml", ["self-supervised"], BOTH
+    ),
+    Question("better than fine-tuning", "maml", ["fine-tuned"], BOTH),
+    Question("several tasks help", "maml", ["colorization"], END),
 ]
 SEVERAL = ("environments", "tinted")  # protocols with several environments
-# Mean over the three environments (%): the most that a rule for one image can reach, for a quarter
-# of the labels is flipped and colour agrees with only 60% of them; and the most for one that knows
-# the environment: there it follows the colour, in 80, 10 or 90% of the images the label's
+# Mean over the three environments (%). A rule for one image can reach CEILING at most:
+# a quarter of the labels is flipped, and colour agrees with only 60% of them. One that
+# knows the environment can reach KNOWING: there it follows the colour, which in 80, 10
+# or 90% of the images is the label's.
 CEILING, KNOWING = 75.0, 86.7
-# 600 steps were fixed before the runs. One seed of MAML had then only begun to rise: so all were
-# continued to 1,000, with the same settings. Both are reported.
+# 600 steps were fixed before the runs. One seed of MAML had then only begun to rise:
+# so all were continued to 1,000, with the same settings. Both are reported.
 HORIZONS = {"environments": (600, 1000)}
-# What MAML, adapted to its own environment, is compared with, at the end, mean over environments
-OTHER_SUPPORTS = [("maml", "none"), ("maml", "other"), ("maml", "shuffled"), ("joint", "none")]
-OTHER_SUPPORTS += [("joint", "own"), ("first-order", "own"), ("random-labels", "own")]
-OTHER_SUPPORTS += [("scratch", "none"), ("fine-tuned", "none"), ("probed", "none")]
+# MAML, adapted to its own environment, is compared at the end, in the mean over the
+# environments, with these: (arm, adapted to)
+OTHER_SUPPORTS = [
+    ("maml", "none"),
+    ("maml", "other"),
+    ("maml", "shuffled"),
+    ("joint", "none"),
+    ("joint", "own"),
+    ("first-order", "own"),
+    ("random-labels", "own"),
+    ("scratch", "none"),
+    ("fine-tuned", "none"),
+    ("probed", "none"),
+]
 
 
+# --- how it is judged ---
 def scores(run: compare.Run) -> np.ndarray:
-    """The accuracy of the claim: adapted where there are environments to adapt to, else plain."""
+    """The accuracy of the claim: adapted if there are environments to adapt to."""
     adapted = run.log["accuracy_adapted"]
     if run.dataset in SEVERAL and not np.isnan(adapted).all():
         return adapted
@@ -209,208 +321,314 @@ def until(run: compare.Run, steps: float) -> compare.Run:
     return replace(run, log=run.log[run.log["total_step"] <= steps])
 
 
-def measure(run: compare.Run, other: compare.Run, count: str) -> tuple[float, bool]:
-    """The value of one seed, and whether it is censored: `run` never got there."""
+class Measured(NamedTuple):
+    """What a question finds in one seed."""
+
+    value: float
+    censored: bool  # the arm never got there: the value is its whole budget
+
+
+def measure(run: compare.Run, other: compare.Run, count: str) -> Measured:
+    """Compares two runs of the same seed."""
     if count in BOTH:
         axis = "flops" if count == "equal FLOPs" else "total_step"
         at = min(run.log[axis][-1], other.log[axis][-1])
-        mine, others = (np.interp(at, each.log[axis], scores(each)) for each in (run, other))
-        return 100 * (mine - others), False
-    reached = compare.first_for_good(run.log[count], scores(run), scores(other)[-1])
+        mine = np.interp(at, run.log[axis], scores(run))
+        others = np.interp(at, other.log[axis], scores(other))
+        return Measured(100 * (mine - others), False)
+    spent, goal = run.log[count], scores(other)[-1]
+    reached = compare.first_for_good(spent, scores(run), goal)
     censored = bool(np.isnan(reached))
-    return (run.log[count][-1] if censored else reached) / other.log[count][-1], censored
+    if censored:
+        reached = spent[-1]
+    return Measured(reached / other.log[count][-1], censored)
 
 
-def judge(values: list[float], censored: list[bool], null: float, less: bool) -> tuple[str, str]:
-    """-> "mean ± half width", and supported, refuted or undecided, at 95%, of values [seeds].
+class Verdict(NamedTuple):
+    value: str  # mean ± half width
+    word: str  # supported, refuted or undecided
 
-    A censored seed counts with its whole budget: too good for the arm. So one of them forbids
-    "supported"; and if all are, that refutes from five seeds on, below them it decides nothing: two
-    arms that are the same are both below in all of n seeds in a share of about 1 / 2^n.
+
+def judge(values: list, censored: list, null: float, less: bool) -> Verdict:
+    """The verdict at 95% on values [seeds]. less: the claim is that they are small.
+
+    A censored seed counts with its whole budget: too good for the arm. So one of them
+    forbids "supported". If all are, that refutes from five seeds on; below them it
+    decides nothing, for of two arms that are the same one is below the other in all of
+    n seeds in a share of about 1 / 2^n.
     """
     mean, half = compare.mean_interval(values)
+    value = f"{mean:.2f} ± {half:.2f}"
     if any(censored):
-        word = "refuted" if all(censored) and len(values) >= 5 else "undecided"
-    elif mean + half < null:
-        word = "supported" if less else "refuted"
-    elif mean - half > null:
-        word = "refuted" if less else "supported"
-    else:
-        word = "undecided"
-    return f"{mean:.2f} ± {half:.2f}", word
+        refuted = all(censored) and len(values) >= 5
+        return Verdict(value, "refuted" if refuted else "undecided")
+    if mean + half < null:
+        return Verdict(value, "supported" if less else "refuted")
+    if mean - half > null:
+        return Verdict(value, "refuted" if less else "supported")
+    return Verdict(value, "undecided")
 
 
-def verdicts(arms: dict[str, list[compare.Run]]) -> str:
+def as_table(head: str, rows: list[list]) -> str:
+    """A Markdown table; '' without rows. head: its columns, `|` between them."""
+    if not rows:
+        return ""
+    lines = [head.split("|"), *rows]
+    lines = [f"| {' | '.join(map(str, line))} |" for line in lines]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def verdicts(arms: compare.Arms) -> str:
     """The table of all questions that the runs answer."""
     rows = []
-    for question, arm, others, counts in QUESTIONS:
+    for text, arm, others, counts in QUESTIONS:
         for against, count in product(others, counts):
             base = {run.seed: run for run in arms.get(against, [])}
-            pairs = [(run, base[run.seed]) for run in arms.get(arm, []) if run.seed in base]
-            if len(pairs) < 2:
+            runs = [run for run in arms.get(arm, []) if run.seed in base]
+            if len(runs) < 2:
                 continue
-            values, censored = zip(*(measure(*pair, count) for pair in pairs), strict=True)
-            null = 0.0 if count in BOTH else 1.0
-            value, word = judge(values, censored, null, less=count not in BOTH)
-            row = [question, arm, against, count, value, f"{sum(censored)} of {len(pairs)}", word]
-            rows.append(f"| {' | '.join(row)} |")
-    head = "| question | arm | against | counted in | value | censored | verdict |"
-    return "\n".join([head, "|---" * 7 + "|", *rows]) if rows else ""
+            found = [measure(run, base[run.seed], count) for run in runs]
+            values = [one.value for one in found]
+            censored = [one.censored for one in found]
+            points = count in BOTH
+            null = 0.0 if points else 1.0
+            value, word = judge(values, censored, null, less=not points)
+            missed = f"{sum(censored)} of {len(runs)}"
+            rows.append([text, arm, against, count, value, missed, word])
+    head = "question|arm|against|counted in|value|censored|verdict"
+    return as_table(head, rows)
 
 
-def lowered(arms: dict[str, list[compare.Run]]) -> str:
-    """The table of how far the inner loop lowers the pretext loss on its support images (%)."""
+def lowered(arms: compare.Arms) -> str:
+    """The table of how far the inner loop lowers the loss that it descends (%)."""
     rows = []
     for arm, runs in arms.items():
-        before, after = (
-            np.array([run.log[column][-1] for run in runs])
-            for column in ("pretext_loss", "pretext_loss_adapted")
-        )
+        before = np.array([run.log["pretext_loss"][-1] for run in runs])
+        after = np.array([run.log["pretext_loss_adapted"][-1] for run in runs])
         if value := compare.cell(100 * (1 - after / before), ".1f"):
-            rows.append(f"| {arm} | {value} |")
-    head = "| arm | the inner loop lowers its pretext loss, at the end, by (%) |"
-    return "\n".join([head, "|---|---|", *rows]) if rows else ""
+            rows.append([arm, value])
+    head = "arm|the inner loop lowers its pretext loss, at the end, by (%)"
+    return as_table(head, rows)
 
 
-# --- what is measured after training ---
+# --- the folders of other environments ---
 def draw_tinted(count: int, shares: tuple, split: int) -> tuple:
-    """As pretext.draw_coloured_shapes, with CIFAR-10's animals and vehicles, gray, tinted."""
+    """Draws photographs as pretext.draw_coloured_shapes draws shapes.
+
+    CIFAR-10's animals and vehicles, gray, tinted.
+    """
     folder = ROOT / "data/cifar10" / ("train", "test")[split]
+    kinds = ("bird cat deer dog frog horse", "airplane automobile ship truck")
     piles = []
-    for kind in ("bird cat deer dog frog horse", "airplane automobile ship truck"):
-        paths = sorted(str(path) for name in kind.split() for path in (folder / name).iterdir())
+    for kind in kinds:
+        paths = [path for name in kind.split() for path in (folder / name).iterdir()]
+        paths = sorted(map(str, paths))
         piles.append(np.random.default_rng(split).permutation(paths).tolist())
-    kinds, colours, labels = (x.flatten() for x in pretext.coloured_labels(count, shares, split))
+    drawn = pretext.coloured_labels(count, shares, split)
+    shapes, colours, labels = (numbers.flatten() for numbers in drawn)
     images = []
-    for kind, colour in zip(kinds, colours, strict=True):
-        gray = Image.open(piles[kind].pop()).convert("L")
-        picture = ImageOps.colorize(gray, "black", ("#ff6060", "#60ff60")[colour])
-        images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-    return images, torch.from_numpy(labels), torch.arange(len(shares)).repeat_interleave(count)
+    for shape, colour in zip(shapes, colours, strict=True):
+        gray = Image.open(piles[shape].pop()).convert("L")
+        tint = ("#ff6060", "#60ff60")[colour]
+        picture = np.array(ImageOps.colorize(gray, "black", tint))
+        images.append(torch.from_numpy(picture).permute(2, 0, 1))
+    environments = torch.arange(len(shares)).repeat_interleave(count)
+    return images, torch.from_numpy(labels), environments
 
 
 def write_environments(folder: Path, draw, shares: tuple) -> None:
-    """A folder of PNG files, SPLIT/CLASS/ENVIRONMENT/; shares: of each, as in coloured_labels."""
-    train, test = (5000, shares[:-1]), (1256, shares)  # the last environment is a new one
-    for split, (count, agreement) in enumerate((train, test)):
-        drawn = zip(*draw(count, agreement, split), strict=True)
-        for i, (image, label, home) in enumerate(drawn):
-            place = folder / ("train", "test")[split] / f"class{label}" / f"environment{home}"
+    """Writes SPLIT/CLASS/ENVIRONMENT/*.png; shares: as in pretext.coloured_labels."""
+    splits = {"train": (5000, shares[:-1]), "test": (1256, shares)}  # the last is new
+    for number, (split, (count, agreement)) in enumerate(splits.items()):
+        drawn = zip(*draw(count, agreement, number), strict=True)
+        for i, (image, label, environment) in enumerate(drawn):
+            place = folder / split / f"class{label}" / f"environment{environment}"
             place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+            pixels = image.permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(place / f"{i}.png")
 
 
-def load_run(folder: Path) -> tuple:
-    """-> arguments, data, pretext tasks and averaged model of a finished run."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    args = argparse.Namespace(**state["config"])
-    data = pretext.load(args.dataset, args.data_dir, args.image_size, "cpu")
-    data = pretext.limit_labels(data, args.labels_per_class, args.eval_on, args.seed)
-    tasks = {name: pretext.TASKS[name](data.images) for name in getattr(args, "pretext", [])}
-    heads = {name: task.make_head for name, task in tasks.items()}
-    model = maml_ssl.make_model({"target": maml_ssl.classifier(data.classes)} | heads, args)
-    averaged = {name: state["averaged"][f"module.{name}"] for name in model.state_dict()}
-    model.load_state_dict(averaged)
-    return args, data, tasks, model
+# --- what is measured after training: adapted to what? ---
+class Finished(NamedTuple):
+    trained: maml_ssl.Trained
+    data: pretext.Data
 
 
-def by_environment(run: tuple, support: str, lr: float, steps: int) -> list[float]:
-    """Accuracy in each environment of the test set, after adapting to `support`.
+def load_run(folder: Path) -> Finished:
+    """A finished run of maml_ssl.py, and the data that it saw."""
+    trained = maml_ssl.load_trained(folder / "checkpoint.pt")
+    return Finished(trained, maml_ssl.load_data(trained.args))
 
-    own: images of the environment. other: of the one that differs most. shuffled: own, red and
-    green exchanged in half of them, so that colour says nothing of shape. none: unadapted.
+
+def batches_of(run: Finished, environment: int, support: str) -> pretext.Batches:
+    """What the tasks make of the images that an evaluation adapts to.
+
+    own: images of the environment. other: of the one that differs most. shuffled: own,
+    red and green exchanged in half of them, so that colour says nothing of shape.
     """
-    args, data, tasks, model = run
-    found = []
-    for environment, job in enumerate(pretext.adaptations(data, False, 0)):
-        scored, images, mask, *rest = job
-        if support == "other":  # colour agrees in 80, 10 and 90%
-            mask = data.unlabelled[(1, 2, 1)[environment]][1]
-        if support == "shuffled":
-            images = images.clone()
-            images[::2] = images[::2, [1, 0, 2]]
-        params = dict(model.named_parameters())
-        if support != "none":
-            batches = pretext.batches(tasks, args.seed, "evaluation", 0, images, mask, *rest)
-            loss = maml_ssl.pretext_loss(model, tasks, batches)  # one inner loop for all tasks
-            params, _ = maml_ssl.adapt(loss, params, lr, steps, first_order=True)
-        probabilities = maml_ssl.predict(model, params, data.test_images[scored])
-        found.append(maml_ssl.accuracy(probabilities, data.test_labels[scored]))
-    return found
+    (_, tasks, args), data = run
+    split = data.unlabelled
+    if support == "other":  # colour agrees in 80, 10 and 90%
+        environment = (1, 2, 1)[environment]
+    if support == "shuffled":
+        images = split.images.clone()
+        images[::2] = images[::2, [1, 0, 2]]
+        split = split._replace(images=images)
+    chosen = data.aside & (split.environments == environment)
+    key, count = (args.seed, "evaluation", 0), pretext.ADAPT_TO
+    return pretext.draw_batches(tasks, split, chosen, count, data.mirror, key)
 
 
-def measure_support(out: Path, tuned: Path) -> list[str]:
-    """The lines of NAME_support.csv.
+def by_environment(run: Finished, support: str, lr: float, steps: int) -> list[float]:
+    """The accuracy in each environment of the test set, adapted to `support`."""
+    (model, tasks, args), data = run
+    settings = {"inner_lr": lr, "inner_steps": steps}
+    args = argparse.Namespace(**vars(args) | settings)
+    accuracies = []
+    for environment in data.test.environments.unique().tolist():
+        scored = data.test.take(data.test.environments == environment)
+        batches = batches_of(run, environment, support)
+        found = maml_ssl.predict_adapted(model, tasks, batches, scored.images, args)
+        correct = found.probabilities.argmax(1) == scored.labels
+        accuracies.append(correct.sum().item() / len(correct))
+    return accuracies
 
-    Joint training is adapted at the rate and steps that are best for the tuned run on validation.
-    """
+
+def not_adapted(folder: Path) -> list[float]:
+    """The accuracy in each environment, as a run of any arm wrote it itself."""
+    with (folder / "environments.csv").open(encoding="utf-8") as file:
+        return [float(row["accuracy"]) for row in csv.DictReader(file)]
+
+
+class Rate(NamedTuple):
+    lr: float
+    steps: int
+
+
+@functools.cache
+def best_rate(tuned: Path) -> Rate:
+    """At what joint training is adapted: what is best for its tuned run."""
     trial = load_run(tuned)
+
+    def mean_accuracy(rate: Rate) -> float:
+        return np.mean(by_environment(trial, "own", *rate))
+
     rates = product((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (1, 3, 10))
-    best = max(rates, key=lambda rate: np.mean(by_environment(trial, "own", *rate)))
-    lines = ["run,seed,support,inner_lr,inner_steps,80%,10%,90% (new)"]
-    for folder in sorted(out.glob("*/seed*")):
+    return Rate(*max(rates, key=mean_accuracy))
+
+
+SUPPORT_HEADER = "run,seed,support,inner_lr,inner_steps,80%,10%,90% (new)"
+
+
+def measure_support(folder: Path, tuned: Path) -> list[str]:
+    """The lines of one run in NAME_support.csv. tuned: the run for `best_rate`."""
+    name, seed = folder.parts[-2], folder.name.removeprefix("seed")
+    config = json.loads((folder / "config.json").read_bytes())
+    found = [("none", Rate(0, 0), not_adapted(folder))]
+    if config["arm"] == "maml_ssl":
         run = load_run(folder)
-        args, _, tasks, _ = run
-        lr, steps = (args.inner_lr, args.inner_steps) if getattr(args, "inner_lr", 0) else best
-        supports = ["none", "own"] if tasks else ["none"]
-        if args.name.startswith("maml"):
+        rate = Rate(config["inner_lr"], config["inner_steps"])
+        if rate.lr == 0:
+            rate = best_rate(tuned)
+        supports = ["own"]
+        if name.startswith("maml"):
             supports += ["other", "shuffled"]
         for support in supports:
-            accuracies = [f"{x:.4f}" for x in by_environment(run, support, lr, steps)]
-            lines.append(f"{args.name},{args.seed},{support},{lr},{steps},{','.join(accuracies)}")
+            found.append((support, rate, by_environment(run, support, *rate)))
+    lines = []
+    for support, (lr, steps), accuracies in found:
+        cells = ",".join(f"{accuracy:.4f}" for accuracy in accuracies)
+        lines.append(f"{name},{seed},{support},{lr},{steps},{cells}")
     return lines
 
 
 # --- running ---
+def run_one(command: list[str]) -> bool:
+    """Runs an arm with one thread; returns whether it failed, and says how."""
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    how = {"cwd": ROOT, "env": one_thread, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *command], **how)
+    if done.returncode:
+        last = (done.stderr or "no message").splitlines()[-1]
+        tqdm.write(f"{' '.join(command)}: {last}")
+    return done.returncode != 0
+
+
 def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
-    """Runs each command for each seed, one thread a run; -> how many failed."""
-    seeds, commands = PROTOCOLS[name]
-    todo = [(seed, run) for seed in seeds for run in only or commands]
+    """Runs a protocol, or some of its runs; returns how many failed."""
     for other, shares in OTHERS.items():
         folder = ROOT / "data" / f"coloured-{other}"
+        draw = pretext.draw_coloured_shapes
+        if other == "photographs":
+            draw = draw_tinted
         if name in ("where", "tinted") and not folder.exists():
-            draw = draw_tinted if other == "photographs" else pretext.draw_coloured_shapes
             write_environments(folder, draw, shares)
-
-    def start(job: tuple[int, str]) -> bool:
-        seed, run = job
-        command = [sys.executable, *commands[run].split(), "--seed", str(seed)]
-        command += ["--out", f"{out}/{name}", "--name", run]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True)
-        if done.returncode:
-            tqdm.write(f"{run} seed {seed}: {(done.stderr or 'no message').splitlines()[-1]}")
-        return done.returncode != 0
-
+    seeds, commands = PROTOCOLS[name]
+    todo = []
+    for seed, run in product(seeds, only or commands):
+        where = ["--seed", str(seed), "--out", f"{out}/{name}", "--name", run]
+        todo.append([*commands[run].split(), *where])
     with ThreadPoolExecutor(jobs) as pool:
-        return sum(tqdm(pool.map(start, todo), total=len(todo), unit="run"))
+        return sum(tqdm(pool.map(run_one, todo), total=len(todo), unit="run"))
+
+
+Rows = dict[tuple[str, str], list[str]]  # the lines of a CSV file, by run and seed
+
+
+def merge(path: Path, header: str, found: Rows) -> None:
+    """Writes what was found; keeps the rows of runs that are no longer there."""
+    rows: Rows = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+            run, seed, _ = line.split(",", 2)
+            rows.setdefault((run, seed), []).append(line)
+    rows |= found
+    lines = [line for key in sorted(rows) for line in rows[key]]
+    path.write_text("\n".join([header, *lines, ""]), encoding="utf-8")
 
 
 def gather(name: str, out: Path) -> None:
-    """The logs of a protocol's finished runs -> results/NAME.csv; what is measured afterwards."""
-    lines = [f"run,seed,{compare.HEADER}"]
+    """The logs of a protocol's finished runs -> results/NAME.csv.
+
+    With several environments also results/NAME_support.csv, measured now.
+    """
+    logs: Rows = {}
+    supports: Rows = {}
+    tuned = out / "tune" / f"joint-{TRIALS['joint'].best}" / "seed100"
     for log in sorted((out / name).glob("*/seed*/metrics.csv")):
+        folder = log.parent
         if not any(run.finished for run in compare.read_file(log)):
-            print(f"{log.parent} is not finished and left out")
+            print(f"{folder} is not finished and left out")
             continue
-        run, seed = log.parts[-3], log.parts[-2].removeprefix("seed")
-        lines += [f"{run},{seed},{row}" for row in log.read_text().splitlines()[1:]]
-    (RESULTS / f"{name}.csv").write_text("\n".join([*lines, ""]))
+        run, seed = folder.parts[-2], folder.name.removeprefix("seed")
+        rows = log.read_text().splitlines()[1:]
+        logs[run, seed] = [f"{run},{seed},{row}" for row in rows]
+        if name in SEVERAL:
+            supports[run, seed] = measure_support(folder, tuned)
+    merge(RESULTS / f"{name}.csv", f"run,seed,{compare.HEADER}", logs)
     if name in SEVERAL:
-        tuned = out / "tune" / f"joint-{TRIALS['joint'][2]}" / "seed100"
-        lines = measure_support(out / name, tuned)
-        (RESULTS / f"{name}_support.csv").write_text("\n".join([*lines, ""]))
+        merge(RESULTS / f"{name}_support.csv", SUPPORT_HEADER, supports)
 
 
-# --- figures and tables: all of them from the CSV files ---
-ARMS = {  # label and colour in the figures
-    "maml": ("MAML", "#0072B2"),
-    "joint": ("joint training", "#CC79A7"),
-    "scratch": ("from scratch", "#000000"),
-    "fine-tuned": ("fine-tuned", "#D55E00"),
-    "fine-tuned-25": ("fine-tuned", "#D55E00"),  # the shares that validation prefers
-    "probed": ("probed", "#009E73"),
-    "probed-75": ("probed", "#009E73"),
+# --- the figures, from the CSV files alone ---
+class Look(NamedTuple):
+    """An arm in the figures."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str = "-"
+
+
+ARMS = {
+    "maml": Look("MAML", "#0072B2", "o"),
+    "joint": Look("joint training", "#CC79A7", "s"),
+    "scratch": Look("from scratch", "#000000", "D", "--"),
+    "fine-tuned": Look("fine-tuned", "#D55E00", "^"),
+    "fine-tuned-25": Look("fine-tuned", "#D55E00", "^"),  # validation prefers these
+    "probed": Look("probed", "#009E73", "v"),
+    "probed-75": Look("probed", "#009E73", "v"),
 }
 PANELS = {
     "photos": "images of one distribution\n(CIFAR-10)",
@@ -419,105 +637,176 @@ PANELS = {
 }
 
 
-def draw_answer(groups: dict, column: str, path: Path) -> None:
+def draw_limits(ax: Axes) -> None:
+    """Dotted lines for the most that two kinds of rules can expect."""
+    for height, what in (CEILING, "one image"), (KNOWING, "known environment"):
+        ax.axhline(height, color="0.5", lw=0.8, ls=":")
+        place = (ax.get_xlim()[1], height + 0.4)
+        ax.text(*place, f"limit: {what}", size=7, color="0.3", ha="right")
+
+
+def draw_answer(groups: dict[str, compare.Arms], column: str, path: Path) -> None:
     """Accuracy against `column`, a panel for each of PANELS."""
     with rc_context(compare.STYLE):
         figure = Figure((9.6, 2.9), layout="constrained")
-        for ax, (name, title) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
-            ends = []
-            for arm in [arm for arm in ARMS if arm in groups[name]]:
-                label, colour = ARMS[arm]
-                y = "accuracy"
+        axes = figure.subplots(1, len(PANELS))
+        for ax, (name, title) in zip(axes, PANELS.items(), strict=True):
+            curves = []
+            for arm, (label, colour, marker, line) in ARMS.items():
+                runs, y = groups[name].get(arm), "accuracy"
+                if runs is None:
+                    continue
                 if arm == "maml" and name in SEVERAL:
                     label, y = "MAML, adapted", "accuracy_adapted"
-                ends += compare.draw(ax, {label: groups[name][arm]}, column, y, {label: colour})
+                look = {"colours": {label: colour}, "marker": marker, "ls": line}
+                curves += compare.draw(ax, {label: runs}, column, y, **look)
             if name in SEVERAL:
-                for height, what in (CEILING, "one image"), (KNOWING, "a known environment"):
-                    ax.axhline(height, color="0.5", lw=0.8, ls=":")
-                    text = f"limit for {what}"
-                    ax.text(ax.get_xlim()[1], height + 0.4, text, size=6, color="0.3", ha="right")
+                draw_limits(ax)
             ax.set(title=title, ylabel="test accuracy (%)")
-            compare.label_ends(ax, ends)
+            compare.label_ends(ax, curves)
         figure.savefig(path, dpi=300)
 
 
+# --- the picture of one outer step ---
+INSIDE, OUTSIDE, LEARNED = "#DCEAF5", "#FBE6D4", "#E3EFE3"
+FORWARD, BACK = "0.3", "#D55E00"
+
+
+class Box(NamedTuple):
+    """A box of the picture; lengths in inches."""
+
+    left: float
+    bottom: float
+    width: float
+    height: float
+    colour: str
+    text: str
+
+
+START = r"""initial weights $w_0$:
+encoder $\theta$ and
+head $\phi_t$ of task $t$"""
+LOOP = r"""$\bf{inner\ loop}$, $K$ times
+
+$w_{k+1} = w_k - \alpha\,\nabla L_t(w_k)$
+
+$L_t$: loss of pretext task $t$
+$\alpha$: size of a step"""
+MODEL = r"""encoder with weights $w_K$,
+classifier $\psi$ (not adapted)"""
+LOSS = r"""$\bf{outer\ loss}$
+
+cross-entropy
+$+\ \beta\,L_t(w_0)$
+
+$\beta$: a weight"""
+WAY_BACK = r"""Orange: the gradient of the
+outer loss, back through all
+$K$ steps (second order).
+Along it AdamW moves $w_0$
+and $\psi$, the green boxes."""
+BOXES = [
+    Box(0.08, 1.22, 0.95, 0.55, INSIDE, "support images\nno labels"),
+    Box(1.37, 1.22, 1.35, 0.55, INSIDE, "pretext task $t$ makes\ninputs and targets"),
+    Box(1.37, 2.2, 1.35, 0.62, LEARNED, START),
+    Box(3.3, 1.22, 1.75, 1.6, INSIDE, LOOP),
+    Box(0.08, 0.1, 0.95, 0.55, OUTSIDE, "query images\nwith labels"),
+    Box(3.3, 0.1, 1.75, 0.55, LEARNED, MODEL),
+    Box(5.92, 0.1, 1.2, 1.67, OUTSIDE, LOSS),
+]
+ARROWS = [  # from, to, colour
+    ((1.03, 1.5), (1.37, 1.5), FORWARD),  # support -> pretext task -> inner loop
+    ((2.72, 1.5), (3.3, 1.5), FORWARD),
+    ((1.03, 0.375), (3.3, 0.375), FORWARD),  # query -> model
+    ((2.72, 2.6), (3.3, 2.6), FORWARD),  # initial weights -> inner loop
+    ((3.3, 2.42), (2.72, 2.42), BACK),
+    ((4.1, 1.22), (4.1, 0.65), FORWARD),  # inner loop -> model
+    ((4.25, 0.65), (4.25, 1.22), BACK),
+    ((5.05, 1.55), (5.92, 1.55), FORWARD),  # inner loop -> outer loss
+    ((5.92, 1.4), (5.05, 1.4), BACK),
+    ((5.05, 0.43), (5.92, 0.43), FORWARD),  # model -> outer loss
+    ((5.92, 0.28), (5.05, 0.28), BACK),
+]
+WORDS = [  # left, bottom, text, colour
+    (2.93, 2.65, "$w_0$", "black"),
+    (3.88, 0.91, "$w_K$", "black"),
+    (5.32, 1.62, "$L_t(w_0)$", "black"),
+    (5.11, 0.5, "cross-entropy", "black"),
+    (5.25, 2.02, WAY_BACK, BACK),
+]
+
+
 def draw_step(path: Path) -> None:
-    """One outer step: support, inner loop, query, and the way of the gradient back."""
-    inside, outside, both, back = "#DCEAF5", "#FBE6D4", "#E3EFE3", "#D55E00"
-    step = "inner loop, K times\n$w_{k+1} = w_k - \\alpha\\, \\nabla L_t(w_k)$"
-    outer = "outer loss:\ncross-entropy\n$+\\ \\beta\\, L_t(w_0)$"
-    boxes = {  # name: (x, y, text, colour)
-        "support": (0, 1, "support images\nno labels", inside),
-        "pretext": (1.1, 1, "pretext task t makes\ninputs and targets", inside),
-        "loop": (2.3, 1, step, inside),
-        "query": (0, 0, "query images\nwith labels", outside),
-        "model": (1.1, 0, "encoder with weights $w_K$,\nclassifier $\\psi$", outside),
-        "entropy": (2.3, 0, "cross-entropy of\nthe desired task", outside),
-        "loss": (3.4, 0.5, outer, both),
-    }
-    arrows = [("support", "pretext"), ("pretext", "loop"), ("loop", "model"), ("loop", "loss")]
-    arrows += [("query", "model"), ("model", "entropy"), ("entropy", "loss"), ("loss", "loop")]
-    figure = Figure((7.2, 2.5), layout="constrained")
-    ax = figure.subplots()
-    ax.set(xlim=(-0.4, 3.75), ylim=(-0.3, 1.6))
+    """One outer step: what goes forward, and the way of the gradient back."""
+    width, height = 7.2, 2.92
+    figure = Figure((width, height))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     ax.axis("off")
-    drawn = {}
-    for name, (x, y, text, colour) in boxes.items():
-        look = {"boxstyle": "round,pad=0.5", "fc": colour, "ec": "0.3", "lw": 0.8}
-        drawn[name] = ax.text(x, y, text, ha="center", va="center", size=8, bbox=look)
-    for start, end in arrows:
-        look = {"arrowstyle": "-|>", "color": "0.3", "lw": 1.2}
-        look |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
-        if start == "loss":
-            look |= {"color": back, "connectionstyle": "arc3,rad=0.5"}
-        ax.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=look)
-    text = "the gradient goes back through the inner loop,\nto the weights $w_0$: second order"
-    ax.text(3.75, 1.4, text, size=7.5, color=back, ha="right")
+    for box in BOXES:
+        corner = (box.left, box.bottom)
+        look = {"boxstyle": "round,pad=0,rounding_size=0.06"}
+        look |= {"fc": box.colour, "ec": FORWARD, "lw": 0.8}
+        ax.add_patch(FancyBboxPatch(corner, box.width, box.height, **look))
+        middle = (box.left + box.width / 2, box.bottom + box.height / 2)
+        ax.text(*middle, box.text, size=8, ha="center", va="center")
+    for start, end, colour in ARROWS:
+        look = {"arrowstyle": "-|>", "color": colour, "lw": 1.2}
+        look |= {"shrinkA": 1, "shrinkB": 1}
+        ax.annotate("", end, start, arrowprops=look)
+    for left, bottom, text, colour in WORDS:
+        ax.text(left, bottom, text, size=8, color=colour)
     figure.savefig(path, dpi=300)
 
 
+# --- the report, from the CSV files alone ---
 def support_tables(path: Path) -> str:
-    """By run and support: accuracy (%) in each environment, mean, worst; then the verdicts."""
-    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}  # (run, support): seed: [3]
-    for line in path.read_text().splitlines()[1:]:
+    """Accuracy (%) in each environment by run and support; then the verdicts."""
+    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}  # by seed: [3]
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         run, seed, support, _, _, *accuracies = line.split(",")
-        found.setdefault((run, support), {})[int(seed)] = 100 * np.array(accuracies, float)
-    lines = ["| arm | adapted to | 80% | 10% | 90%, new | mean | worst |", "|---" * 7 + "|"]
+        by_seed = found.setdefault((run, support), {})
+        by_seed[int(seed)] = 100 * np.array(accuracies, float)
+    rows = []
     for (run, support), by_seed in found.items():
         values = np.array([*by_seed.values()])  # [seeds, 3]
-        each = " | ".join(f"{x:.1f}" for x in values.mean(0))
-        mean, worst = compare.cell(values.mean(1), ".1f"), values.min(1).mean()
-        lines.append(f"| {run} | {support} | {each} | {mean} | {worst:.1f} |")
-    maml = found["maml", "own"]
-    asked = [(f"more than {CEILING}, mean", [x.mean() for x in maml.values()], CEILING)]
-    asked += [(f"more than {CEILING}, worst", [x.min() for x in maml.values()], CEILING)]
+        each = [f"{accuracy:.1f}" for accuracy in values.mean(0)]
+        mean = compare.cell(values.mean(1), ".1f")
+        rows.append([run, support, *each, mean, f"{values.min(1).mean():.1f}"])
+    accuracies = as_table("arm|adapted to|80%|10%|90%, new|mean|worst", rows)
+
+    maml, rows = found["maml", "own"], []
+
+    def ask(question: str, values: list, null: float) -> None:
+        rows.append([question, *judge(values, [], null, less=False)])
+
+    ask(f"more than {CEILING}, mean", [x.mean() for x in maml.values()], CEILING)
+    ask(f"more than {CEILING}, worst", [x.min() for x in maml.values()], CEILING)
     for arm, support in OTHER_SUPPORTS:
         others = found.get((arm, support), {})
-        differences = [(maml[s] - x).mean() for s, x in others.items() if s in maml]
-        if differences:
-            asked.append((f"better than {arm}, {support}", differences, 0.0))
-    lines += ["", "| question | value | verdict |", "|---" * 3 + "|"]
-    for question, values, null in asked:
-        value, word = judge(values, [], null, less=False)
-        lines.append(f"| {question} | {value} | {word} |")
+        better = [(maml[s] - x).mean() for s, x in others.items() if s in maml]
+        if better:
+            ask(f"better than {arm}, {support}", better, 0.0)
+    answers = as_table("question|value|verdict", rows)
     way = (np.mean([*maml.values()]) - CEILING) / (KNOWING - CEILING)
-    lines.append(f"| how much of the way from {CEILING} to {KNOWING} | {way:.0%} | |")
-    return "\n".join(lines)
+    last = f"| how much of the way from {CEILING} to {KNOWING} | {way:.0%} | |"
+    return f"{accuracies}\n\n{answers}\n{last}"
 
 
 def report() -> None:
-    """Draws every figure; prints every table and verdict and writes them to report.md."""
+    """Draws every figure; prints every table and verdict, and writes report.md."""
     logs = [path for path in RESULTS.glob("*.csv") if "support" not in path.stem]
     groups = compare.group(compare.read(logs))
     parts = []
     for name in [name for name in PROTOCOLS if name in groups]:
         for horizon in HORIZONS.get(name, [np.inf]):
-            title = f"{name}, {horizon} steps" if name in HORIZONS else name
-            arms = {
-                arm: [until(run, horizon) for run in runs] for arm, runs in groups[name].items()
-            }
+            title, arms = name, {}
+            if name in HORIZONS:
+                title += f", {horizon} steps"
+            for arm, runs in groups[name].items():
+                arms[arm] = [until(run, horizon) for run in runs]
             baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
-            parts += [f"## {title}", compare.table(arms, baseline), verdicts(arms), lowered(arms)]
+            parts += [f"## {title}", compare.table(arms, baseline)]
+            parts += [verdicts(arms), lowered(arms)]
         if (path := RESULTS / f"{name}_support.csv").exists():
             parts += [f"## {name}: adapted to what", support_tables(path)]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -531,11 +820,12 @@ def report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("run", "gather", "report"))
-    parser.add_argument("protocol", nargs="?", choices=PROTOCOLS, default="environments")
-    parser.add_argument("--out", default="runs", help="where runs are kept (runs)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
-    parser.add_argument("--only", nargs="+", default=[], help="these runs of the protocol")
+    add = parser.add_argument
+    add("what", choices=("run", "gather", "report"))
+    add("protocol", nargs="?", choices=PROTOCOLS, default="environments")
+    add("--out", default="runs", help="where runs are kept (runs)")
+    add("--jobs", type=int, default=1, help="runs at once (1)")
+    add("--only", nargs="+", default=[], help="these runs of the protocol")
     args = parser.parse_args()
     if args.what == "run":
         sys.exit(run_protocol(args.protocol, args.out, args.jobs, args.only) > 0)

@@ -1,115 +1,197 @@
-"""compare.py on runs written by hand, whose crossings, intervals and pictures are known."""
+"""compare.py on runs written by hand, whose numbers and pictures are known."""
 
 import json
+import math
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import compare
 
-FINAL, STEPS = "final accuracy (%)", "steps to the baseline's final accuracy"
+FINAL = "final accuracy (%)"
+ADAPTED = "adapted (%)"
+STEPS = "steps to the baseline's final accuracy"
 
 
-def write(root, name, curve, seed=0, before=0, every=10, flops=1000, adapted="", **arguments):
-    """A run with the accuracies `curve`, one each `every` steps, after `before` of pretraining."""
-    rows = [f"pretrain,{t},{t},1,1,{t * flops},1,2,,,," for t in range(every, before + 1, every)]
+def write(
+    root,
+    name,
+    curve,
+    seed=0,
+    before=0,
+    every=10,
+    flops=1000,
+    adapted=None,
+    **config,
+):
+    """A run with the accuracies `curve`, one each `every` steps, after pretraining.
+
+    before: steps of pretraining. adapted: accuracies beside those of `curve`.
+    config: what else config.json has. Returns the path of its metrics.csv.
+    """
+    lines = [compare.HEADER]
+    for step in range(every, before + 1, every):
+        lines.append(f"pretrain,{step},{step},1,1,{step * flops},1,2,,,,")
     for i, accuracy in enumerate(curve):
-        total = before + i * every
-        rows.append(f"target,{i * every},{total},1,1,{total * flops},1,1.5,{accuracy},{adapted},,")
-    told = {"name": name, "dataset": "shapes", "eval_on": "test", "seed": seed}
-    told |= {"steps": before + every * len(curve) - every} | arguments
+        step, total = i * every, before + i * every
+        work = f"target,{step},{total},1,1,{total * flops},1"
+        lines.append(f"{work},1.5,{accuracy},{adapted[i] if adapted else ''},,")
+    steps = before + every * (len(curve) - 1)
+    told = {"arm": "any", "dataset": "shapes", "eval_on": "test", "steps": steps}
+    told |= {"seed": seed, "classes": ["a", "b"], "environments": [""]} | config
     folder = Path(root, name, f"seed{seed}")
     folder.mkdir(parents=True)
-    (folder / "metrics.csv").write_text("\n".join([compare.HEADER, *rows]) + "\n")
-    (folder / "config.json").write_text(json.dumps({"arm": "any"} | told))
+    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     return folder / "metrics.csv"
 
 
 def write_two_arms(root):
-    """Two seeds of MAML, which gets to 0.5 at step 40, and of fine-tuning, which ends with it."""
+    """Two seeds of MAML, at 0.5 after 40 steps, and of an arm that ends with it."""
     for seed in (0, 1):
-        write(root, "maml_ssl-shapes", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], seed, flops=3000)
+        rising = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+        write(root, "maml_ssl-shapes", rising, seed, flops=3000)
         write(root, "pretrain_finetune-shapes", [0.1, 0.3, 0.5], seed, before=80)
+
+
+def arms_of(root):
+    """The arms of the one dataset below `root`."""
+    (arms,) = compare.group(compare.read([root])).values()
+    return arms
 
 
 def cells(text):
     """A Markdown table as {first cell of a row: {column: cell}}."""
-    rows = [[c.strip() for c in x.strip("|").split("|")] for x in text.splitlines() if "|" in x]
-    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    lines = [line.strip("|").split("|") for line in text.splitlines() if "|" in line]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
 def table_of(root, baseline=None):
-    (arms,) = compare.group(compare.read([root])).values()
-    return cells(compare.table(arms, baseline))
+    return cells(compare.table(arms_of(root), baseline))
 
 
-def draw(root, column="total_step", **options):
-    (arms,) = compare.group(compare.read([root])).values()
-    ax = Figure(figsize=(4.2, 2.5), layout="constrained").subplots()
-    return ax, compare.draw(ax, arms, column, **options)
+def small_axes():
+    return Figure(figsize=(4.2, 2.5), layout="constrained").subplots()
 
 
-def label_edges(ax, ends):
-    """Write the labels; -> bottom and top of each, from the lowest up, in pixels."""
-    compare.label_ends(ax, ends)
-    ax.figure.draw_without_rendering()
-    return np.sort([Text.get_window_extent(text).intervaly for text in ax.texts], axis=0).ravel()
+def figure_of(root):
+    """The axes of the figure of the one dataset below `root`, laid out."""
+    with rc_context(compare.STYLE):
+        figure = compare.make_figure(arms_of(root), "total_step", "shapes")
+        figure.draw_without_rendering()
+    return figure.axes[0]
 
 
-def test_t_values_are_the_published_ones_and_the_interval_is_the_one_by_hand():
-    for df, level, t in [(1, 0.95, 12.706), (4, 0.95, 2.776), (30, 0.95, 2.042), (5, 0.99, 4.032)]:
-        assert compare.t_critical(df, level) == pytest.approx(t, abs=6e-4)  # t of NIST's handbook
+def boxes(ax):
+    """{text: its box} for all that is written in `ax`, in pixels, links left out."""
+    return {text.get_text(): Text.get_window_extent(text) for text in ax.texts}
+
+
+def assert_legible(ax):
+    """No two labels overlap, and all are inside the figure and right of `ax`."""
+    found = list(boxes(ax).values())
+    edges = np.sort([box.intervaly for box in found], axis=0).ravel()
+    assert len(found) == len(ax.texts)  # no two are the same
+    assert np.diff(edges).min() > 0
+    assert edges[0] >= 0
+    assert edges[-1] <= ax.figure.bbox.height
+    assert max(box.x1 for box in found) <= ax.figure.bbox.width
+    assert min(box.x0 for box in found) > ax.get_window_extent().x1
+
+
+# --- statistics ---
+def test_the_t_values_hold_95_percent_of_student_s_distribution():
+    for df, t in enumerate(compare.T95, start=1):
+        x = np.linspace(-t, t, 100_001)
+        factor = math.gamma((df + 1) / 2) / math.gamma(df / 2)
+        density = factor / math.sqrt(df * math.pi) * (1 + x**2 / df) ** (-(df + 1) / 2)
+        inside = np.sum(density[1:] + density[:-1]) / 2 * (x[1] - x[0])
+        assert inside == pytest.approx(0.95, abs=5e-6)
+
+
+def test_the_interval_is_the_one_computed_by_hand():
     # 1, 2, 3: mean 2, standard deviation 1, half width 4.303 / sqrt(3) = 2.484
     assert compare.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2.484), abs=1e-3)
     assert np.isnan(compare.mean_interval([5.0])[1])
 
 
+def test_the_interval_of_more_than_ten_seeds_is_a_bit_too_wide():
+    values = np.arange(20.0)  # t of NIST's handbook for 19 degrees of freedom: 2.093
+    exact = 2.093 * np.std(values, ddof=1) / np.sqrt(20)
+    assert exact < compare.mean_interval(values)[1] < 1.1 * exact
+
+
 def test_first_for_good_is_the_last_crossing_or_never():
     def found(*accuracy):  # at x = 0, 10, 20, ...
-        return compare.first_for_good(10 * np.arange(len(accuracy)), np.array(accuracy), 0.5)
+        x = 10 * np.arange(len(accuracy))
+        return compare.first_for_good(x, np.array(accuracy), 0.5)
 
-    assert found(0.1, 0.3, 0.6, 0.7) == pytest.approx(10 + 20 / 3)  # between 0.3 and 0.6
-    assert found(0.1, 0.6, 0.4, 0.9) == pytest.approx(22)  # there, below again, there for good
-    assert found(0.1, 0.5) == 10 and found(0.6, 0.5, 0.7) == 0  # equal is there
+    assert found(0.1, 0.3, 0.6, 0.7) == pytest.approx(10 + 20 / 3)  # from 0.3 to 0.6
+    assert found(0.1, 0.6, 0.4, 0.9) == pytest.approx(22)  # the second time
+    assert found(0.1, 0.5) == 10  # equal is there
+    assert found(0.6, 0.5, 0.7) == 0  # never below
     assert np.isnan(found(0.1, 0.6, 0.4))  # below at the end
+    assert np.isnan(found(0.4))
 
 
+# --- table ---
 def test_the_table_has_the_crossing_computed_by_hand_and_no_empty_column(tmp_path):
-    write(tmp_path, "maml", [0.1, 0.6, 0.4, 0.8, 0.9], flops=3000)  # 0.5 for good at 20 + 10 / 4
+    curve = [0.1, 0.6, 0.4, 0.8, 0.9]  # at 0.5 for good after 20 + 10 / 4 steps
+    write(tmp_path, "maml", curve, flops=3000)
     row = {"arm": "maml", "seeds": "1", FINAL: "90.0"}
     assert table_of(tmp_path)["maml"] == row
-    write(tmp_path, "tuned", [0.1, 0.3, 0.5], before=80, adapted=0.7)  # 100 steps
+    write(tmp_path, "tuned", [0.1, 0.3, 0.5], before=80)  # 100 steps in all
     row |= {STEPS: "22", "ratio of steps": "0.23", "ratio of FLOPs": "0.68"}
-    table = table_of(tmp_path, "tuned")
-    assert table["maml"] == row | {"adapted (%)": ""} and table["tuned"]["adapted (%)"] == "70.0"
+    assert table_of(tmp_path, "tuned")["maml"] == row
+
+
+def test_the_table_has_the_adapted_accuracy_beside_the_plain_one(tmp_path):
+    for seed, adapted in enumerate([0.7, 0.9]):
+        write(tmp_path, "maml", [0.1, 0.4], seed, adapted=[0.1, adapted])
+    write(tmp_path, "scratch", [0.1, 0.5])
+    table = table_of(tmp_path)
+    # 70, 90: standard deviation 14.14, half width 12.706 * 14.14 / sqrt(2) = 127.1
+    expected = {"arm": "maml", "seeds": "2", FINAL: "40.0 ± 0.0"}
+    assert table["maml"] == expected | {ADAPTED: "80.0 ± 127.1"}
+    assert list(table["maml"]) == ["arm", "seeds", FINAL, ADAPTED]
+    assert table["scratch"][ADAPTED] == ""
 
 
 def test_each_seed_is_paired_with_the_baseline_of_its_own_seed(tmp_path):
     for seed, end in enumerate([0.3, 0.5, 0.7]):
         write(tmp_path, "tuned", [0.1, 0.2, end], seed, before=80)
-        write(tmp_path, "maml", [round(0.1 * k, 1) for k in range(10)], seed)  # 0.3 at 30, ...
+        rising = [round(0.1 * k, 1) for k in range(10)]  # 0.3 at 30, 0.5 at 50, ...
+        write(tmp_path, "maml", rising, seed)
         write(tmp_path, "lost", [0.1, 0.6], seed + 1)  # of seeds 1, 2 and 3
     table = table_of(tmp_path, "tuned")
     # 30, 50, 70: standard deviation 20, half width 4.303 * 20 / sqrt(3) = 49.7
-    assert (table["maml"][STEPS], table["maml"]["ratio of steps"]) == ("50 ± 50", "0.50 ± 0.50")
-    assert (table["lost"][STEPS], table["lost"]["ratio of steps"]) == ("1 of 2 seeds", "")
+    assert table["maml"][STEPS] == "50 ± 50"
+    assert table["maml"]["ratio of steps"] == "0.50 ± 0.50"
+    assert table["lost"][STEPS] == "1 of 2 seeds"
+    assert table["lost"]["ratio of steps"] == ""
 
 
 def test_a_csv_of_results_and_run_directories_give_the_same_table(tmp_path):
     write_two_arms(tmp_path / "runs")
     lines = [f"run,seed,{compare.HEADER}"]
     for path in sorted(tmp_path.rglob("metrics.csv")):
-        name, seed = path.parts[-3].removesuffix("-shapes"), path.parts[-2].removeprefix("seed")
-        lines += [f"{name},{seed},{row}" for row in path.read_text().splitlines()[1:]]
+        name = path.parts[-3].removesuffix("-shapes")
+        seed = path.parts[-2].removeprefix("seed")
+        rows = path.read_text().splitlines()[1:]
+        lines += [f"{name},{seed},{row}" for row in rows]
     (tmp_path / "shapes.csv").write_text("\n".join(lines) + "\n")
-    for path in ("runs", "shapes.csv"):
-        compare.main([str(tmp_path / path)])
+    compare.main([str(tmp_path / "runs")])
+    compare.main([str(tmp_path / "shapes.csv")])
     table = (tmp_path / "shapes.md").read_text()
-    assert table == (tmp_path / "runs" / "shapes.md").read_text() and "| 40 ± 0 " in table
+    assert table == (tmp_path / "runs" / "shapes.md").read_text()
+    assert "| 40 ± 0 " in table
 
 
 def test_the_baseline_is_the_one_fine_tuned_arm_or_the_one_named(tmp_path, capsys):
@@ -118,98 +200,217 @@ def test_the_baseline_is_the_one_fine_tuned_arm_or_the_one_named(tmp_path, capsy
         return cells(capsys.readouterr().out)["maml_ssl"].get(STEPS)
 
     write_two_arms(tmp_path)
-    write(tmp_path, "pretrain_finetune-shapes-pretrain_steps=0", [0.1, 0.4])
-    assert steps() == "40 ± 0" and steps("--baseline", "pretrain_finetune-pretrain_steps=0") == "30"
-    write(tmp_path, "pretrain_finetune-shapes-lr=0.1", [0.1, 0.4], before=10)  # now there are two
-    assert steps() is None and "--baseline" in (tmp_path / "shapes.md").read_text()
+    scratch = "pretrain_finetune-shapes-pretrain_steps=0"
+    write(tmp_path, scratch, [0.1, 0.4])
+    assert steps() == "40 ± 0"
+    assert steps("--baseline", scratch.replace("-shapes", "")) == "30"
+    write(tmp_path, "pretrain_finetune-shapes-lr=0.1", [0.1, 0.4], before=10)
+    assert steps() is None  # now there are two
+    assert "--baseline ARM" in (tmp_path / "shapes.md").read_text()
 
 
-def test_each_dataset_has_its_figure_and_table_and_val_is_apart_from_test(tmp_path, capsys):
+# --- what is read and written ---
+def test_each_dataset_has_its_files_which_are_named_and_val_is_apart(tmp_path, capsys):
     write_two_arms(tmp_path)
     write(tmp_path, "maml_ssl-my-own-lr=0.1", [0.1, 0.2], dataset="/data/my-own/")
     write(tmp_path, "maml_ssl-shapes-eval_on=val", [0.1, 0.9], eval_on="val")
-    compare.main([str(tmp_path), "--out", str(tmp_path / "new")])
+    out = tmp_path / "new"
+    compare.main([str(tmp_path), "--out", str(out)])
     said = capsys.readouterr().out
     assert "| maml_ssl-lr=0.1 " in said  # less the dataset
-    for dataset, final in {"shapes": "60.0 ± 0.0", "my-own": "20.0", "shapes-val": "90.0"}.items():
-        files = [tmp_path / "new" / f"{dataset}.{kind}" for kind in ("md", "png", "pdf")]
-        table, png, pdf = (file.read_bytes() for file in files)
-        assert table.decode() in said and f"| {final} " in table.decode() and pdf[:5] == b"%PDF-"
-        assert struct.unpack(">8s8xI", png[:20]) == (b"\x89PNG\r\n\x1a\n", 1260)  # 300 dpi
+    finals = {"shapes": "60.0 ± 0.0", "my-own": "20.0", "shapes-val": "90.0"}
+    for dataset, final in finals.items():
+        paths = [out / f"{dataset}.{kind}" for kind in ("md", "png", "pdf")]
+        assert f"wrote {', '.join(map(str, paths))}" in said.splitlines()
+        table, png, pdf = (path.read_bytes() for path in paths)
+        assert table.decode() in said
+        assert f"| {final} " in table.decode()
+        signature, width = struct.unpack(">8s8xI", png[:20])
+        assert signature == b"\x89PNG\r\n\x1a\n"
+        assert width == 1650  # 5.5 inches at 300 dpi
+        assert pdf[:5] == b"%PDF-"
+    assert len([*out.iterdir()]) == 9
 
 
-def test_unfinished_seeds_are_left_out_beside_finished_ones_and_else_used(tmp_path, capsys):
+def test_other_tables_beside_a_log_are_not_read(tmp_path):
+    path = write(tmp_path, "maml", [0.1, 0.6])
+    path.with_name("environments.csv").write_text("environment,accuracy\n0,0.5\n")
+    assert table_of(tmp_path)["maml"][FINAL] == "60.0"
+
+
+def test_unfinished_seeds_are_left_out_beside_finished_ones(tmp_path, capsys):
     write(tmp_path, "maml", [0.1, 0.6])
     write(tmp_path, "maml", [0.1, 0.2], seed=1, steps=99)
-    write(tmp_path, "alone", [0.1, 0.3], steps=99)
-    write(tmp_path, "pretrains", [], before=20, steps=99)  # no accuracy yet
-    finals = {arm: row[FINAL] for arm, row in table_of(tmp_path).items()}
-    assert finals == {"maml": "60.0", "alone": "30.0"}
+    (row,) = table_of(tmp_path).values()
+    assert row == {"arm": "maml", "seeds": "1", FINAL: "60.0"}
     (line,) = capsys.readouterr().err.splitlines()
     assert str(Path("maml", "seed1")) in line
+    assert "unfinished" in line
 
 
-def test_a_curve_is_the_mean_over_seeds_on_the_union_of_their_steps(tmp_path):
-    write(tmp_path, "maml", [0.1, 0.3], every=20)
-    write(tmp_path, "maml", [0.2, 0.4, 0.2], seed=1)
-    ax, _ = draw(tmp_path)
-    assert ax.lines[0].get_xydata() == pytest.approx(np.array([[0, 15], [10, 30], [20, 25]]))
-    # at 10: 20 and 40, standard deviation 14.14, half width 12.706 * 14.14 / sqrt(2) = 127.06
+def test_a_run_that_is_not_finished_is_marked_in_table_and_figure(tmp_path, capsys):
+    write(tmp_path, "done", [0.1, 0.6])
+    write(tmp_path, "alone", [0.1, 0.3], adapted=[0.1, 0.5], steps=99)
+    write(tmp_path, "pretrains", [], before=20, steps=99)  # no accuracy yet
+    table = table_of(tmp_path)
+    assert set(table) == {"done", "alone (unfinished)"}
+    assert table["alone (unfinished)"][FINAL] == "30.0"
+    written = set(boxes(figure_of(tmp_path)))
+    marked = {"alone (unfinished), adapted", "alone (unfinished), not adapted"}
+    assert written == {"done"} | marked
+    assert capsys.readouterr().err == ""  # nothing is left out
+
+
+def test_an_unfinished_baseline_is_marked_too(tmp_path, capsys):
+    name = "pretrain_finetune-shapes"
+    write(tmp_path, name, [0.1, 0.3], before=80, steps=999)
+    compare.main([str(tmp_path)])
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("shapes, baseline: pretrain_finetune (unfinished); ")
+
+
+# --- figure ---
+def test_an_arm_that_adapts_has_two_curves_of_one_colour(tmp_path):
+    write(tmp_path, "a", [0.1, 0.3], adapted=[0.2, 0.8])
+    write(tmp_path, "b", [0.1, 0.5])
+    ax = figure_of(tmp_path)
+    adapted, plain, other = ax.lines
+    assert adapted.get_ydata() == pytest.approx([20, 80])
+    assert plain.get_ydata() == pytest.approx([10, 30])
+    assert other.get_ydata() == pytest.approx([10, 50])
+    assert adapted.get_color() == plain.get_color() != other.get_color()
+    assert adapted.get_linestyle() == other.get_linestyle() == "-"
+    assert plain.get_linestyle() == "--"
+    assert adapted.get_marker() != other.get_marker()
+    colours = {text.get_text(): text.get_color() for text in ax.texts}
+    ours = adapted.get_color()
+    assert colours.pop("b") == other.get_color()
+    assert colours == {"a, adapted": ours, "a, not adapted": ours}
+
+
+def test_labels_of_curves_that_are_the_same_are_legible(tmp_path):
+    curve = [0.1, 0.4, 0.7]
+    write(tmp_path, "maml_ssl-shapes-lr=0.1", curve, adapted=curve)
+    ax = figure_of(tmp_path)
+    upper, lower = "maml_ssl\nlr=0.1, adapted", "maml_ssl\nlr=0.1, not adapted"
+    assert set(boxes(ax)) == {upper, lower}
+    assert boxes(ax)[upper].y0 > boxes(ax)[lower].y1
+    assert_legible(ax)
+
+
+def test_the_figure_is_as_high_as_many_labels_need(tmp_path):
+    for i in range(16):
+        name = f"maml_ssl-shapes-lr={i}"
+        write(tmp_path, name, [0.1, 0.5], adapted=[0.1, 0.6])
+    ax = figure_of(tmp_path)
+    assert len(ax.texts) == 32
+    assert_legible(ax)
+
+
+def test_the_first_56_arms_look_different(tmp_path):
+    for i in range(56):
+        write(tmp_path, f"arm{i}", [0.1, 0.5])
+    with rc_context(compare.STYLE):
+        curves = compare.draw(small_axes(), arms_of(tmp_path), "total_step")
+    looks = {(curve.get_color(), curve.get_marker()) for curve in curves}
+    assert len(looks) == 56
+
+
+def test_a_curve_is_the_mean_over_seeds_as_far_as_all_got(tmp_path):
+    write(tmp_path, "maml", [0.2, 0.4, 0.2, 0.9])  # at 0, 10, 20 and 30 steps
+    write(tmp_path, "maml", [0.1, 0.3], seed=1, every=20)  # at 0 and 20
+    ax = small_axes()
+    (curve,) = compare.draw(ax, arms_of(tmp_path), "total_step")
+    assert curve.get_xydata() == pytest.approx(np.array([[0, 15], [10, 30], [20, 25]]))
+    # at 10: 40 and 20, standard deviation 14.14, half width 127.06
     band = ax.collections[0].get_paths()[0].vertices
-    assert band[band[:, 0] == 10][:, 1].max() == pytest.approx(30 + 127.06, abs=0.01)
+    top = band[band[:, 0] == 10][:, 1].max()
+    assert top == pytest.approx(30 + 127.06, abs=0.01)
 
 
 def test_a_curve_begins_after_pretraining_which_is_dotted(tmp_path):
     write(tmp_path, "tuned", [0.1, 0.3, 0.5], before=80)
     for column, x in {"total_step": 80, "flops": 80000, "step": 0}.items():
-        ax, ends = draw(tmp_path, column, colours={"tuned": "#123456"})
-        assert ax.lines[0].get_xdata()[0] == x and ends[0][3] == "#123456"
-        parts = [part.get_segments() for part in ax.collections[1:]]
-        assert [[*segment[:, 0]] for (segment,) in parts] == ([[0, x]] if x else [])
+        ax = small_axes()
+        (curve,) = compare.draw(ax, arms_of(tmp_path), column)
+        assert curve.get_xdata()[0] == x
+        _, dotted = ax.collections
+        assert dotted.get_segments()[0] == pytest.approx(np.array([[0, 10], [x, 10]]))
+        assert dotted.get_linestyle()[0][1] is not None  # it is not solid
+        written = [text.get_text() for text in ax.texts]
+        assert written == (["dotted: pretraining"] if x else [])
+
+
+def test_draw_takes_the_accuracy_and_the_colours_that_it_is_given(tmp_path):
+    write(tmp_path, "maml", [0.1, 0.3], adapted=[0.2, 0.8])
+    ax, colours = small_axes(), {"maml": "#123456"}
+    arms = arms_of(tmp_path)
+    (curve,) = compare.draw(ax, arms, "flops", "accuracy_adapted", colours)
+    assert curve.get_xydata() == pytest.approx(np.array([[0, 20], [10000, 80]]))
+    assert curve.get_color() == "#123456"
+    band = ax.collections[0].get_facecolor()[0]
+    assert tuple(band[:3]) == to_rgba("#123456")[:3]
 
 
 def test_a_single_short_run_is_labelled_at_the_end_of_its_curve(tmp_path, capsys):
-    compare.main([str(write(tmp_path, "maml_ssl-shapes", [0.1, 0.2, 0.3]))])
+    path = write(tmp_path, "maml_ssl-shapes", [0.1, 0.2, 0.3])
+    compare.main([str(path)])
     assert cells(capsys.readouterr().out)["maml_ssl"][FINAL] == "30.0"
-    ax, ends = draw(tmp_path)
-    (bottom, top), end = label_edges(ax, ends), ax.transData.transform((20, 30))[1]
-    assert ax.texts[0].get_text() == "maml_ssl" and abs((bottom + top) / 2 - end) < 3  # pixels
+    ax = figure_of(tmp_path)
+    box = boxes(ax)["maml_ssl"]
+    _, end = ax.transData.transform((20, 30))
+    assert (box.y0 + box.y1) / 2 == pytest.approx(end, abs=3)  # pixels
 
 
-def test_labels_do_not_overlap_and_stay_beside_the_axis():
-    for end in (1, 55, 100):  # near the bottom, in the middle, near the top
-        ax = Figure(figsize=(4.2, 2.5), layout="constrained").subplots()
-        ax.set_ylim(0, 110)
-        labels = ["a", "b\nx=1\ny=2", "c\nx=1", "d", "e", "f\nx=1"]
-        edges = label_edges(ax, [(end + i / 9, 0.5, name, "C0") for i, name in enumerate(labels)])
-        box = ax.get_window_extent()
-        assert np.diff(edges).min() > 0 and edges[0] > box.y0 - 3 and edges[-1] < box.y1 + 8
+@pytest.mark.parametrize("end", [1, 55, 100])  # near the bottom, the middle, the top
+def test_labels_do_not_overlap_and_stay_beside_the_axis(end):
+    ax = small_axes()
+    ax.set_ylim(0, 110)
+    curves = []
+    for i, label in enumerate(["a", "b\nx=1\ny=2", "c\nx=1", "d", "e", "f\nx=1"]):
+        curves += ax.plot([0, 1], [50, end + i / 9], label=label)
+    compare.label_ends(ax, curves)
+    ax.figure.draw_without_rendering()
+    assert_legible(ax)
+    frame = ax.get_window_extent()
+    assert min(box.y0 for box in boxes(ax).values()) > frame.y0 - 3
+    assert max(box.y1 for box in boxes(ax).values()) < frame.y1 + 8
 
 
+# --- errors ---
 def refused(capsys, argv, *said):
-    """compare.py must end with exit code 2 and one line in which all of `said` stands."""
+    """compare.py must end with code 2 and one line in which all of `said` stands."""
     with pytest.raises(SystemExit) as ended:
         compare.main([str(word) for word in argv])
+    assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and line.startswith("compare.py: ")
-    assert all(word in line for word in said), line
+    assert line.startswith("compare.py: ")
+    for words in said:
+        assert words in line
 
 
-def test_a_spoiled_log_is_refused_by_name_in_one_line(tmp_path, capsys):
-    for i, (file, old, new, said) in enumerate([
-        ("metrics.csv", ",pretext_loss,pretext_loss_adapted\n", "\n", "accuracy_adapted', not"),
-        ("metrics.csv", ",0.2,,,\n", ",0.", "11 fields"),  # a torn line
-        ("config.json", '"dataset"', '"data"', "config.json has no 'dataset'"),
-    ]):  # fmt: skip
-        path = write(tmp_path / str(i), "maml", [0.1, 0.2])
-        text = path.with_name(file).read_text()
-        path.with_name(file).write_text(text.replace(old, new, 1))
-        refused(capsys, [path.parent], str(path), said)
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("metrics.csv", ",accuracy_adapted", "", "'accuracy_adapted'"),
+        ("metrics.csv", ",0.2,,,\n", ",0.", "(cut off)"),
+        ("metrics.csv", ",0.2,,,\n", ",much,,,\n", "much"),
+        ("config.json", '"dataset"', '"data"', "'dataset'"),
+        ("config.json", "{", "", "JSON"),
+    ],
+)
+def test_a_spoiled_run_is_refused_in_one_line(tmp_path, capsys, file, old, new, said):
+    path = write(tmp_path, "maml", [0.1, 0.2])
+    spoiled = path.with_name(file)
+    spoiled.write_text(spoiled.read_text().replace(old, new, 1))
+    refused(capsys, [path.parent], str(path), said)
 
 
 def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
     refused(capsys, [tmp_path], str(tmp_path), "run an arm")
+    refused(capsys, [tmp_path / "nothing"], str(tmp_path / "nothing"))
     write_two_arms(tmp_path)
-    refused(capsys, [tmp_path, "--baseline", "me"], "me", "maml_ssl, pretrain_finetune")
+    arms = "['maml_ssl', 'pretrain_finetune']"
+    refused(capsys, [tmp_path, "--baseline", "me"], "me", arms)
     refused(capsys, [tmp_path, "--x", "epochs"], "epochs", "total_step")
     refused(capsys, [tmp_path, tmp_path], "seed0", "one run")

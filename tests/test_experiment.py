@@ -1,6 +1,8 @@
-"""results/experiment.py: verdicts, ceilings, and that its figures come from the CSV files."""
+"""results/experiment.py: verdicts, limits, and that all figures come from CSV files."""
 
+import csv
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,14 +10,16 @@ from PIL import Image
 from test_compare import write
 
 import compare
+import maml_ssl
 import pretext
+import pretrain_finetune
 from results import experiment
 
 RESULTS = experiment.RESULTS
 
 
 def run(accuracies, seed=0, flops=1.0):
-    """A run with these accuracies at steps 0, 100, 200, ... and `flops` FLOPs a step."""
+    """A run with these accuracies at steps 0, 100, ... and `flops` FLOPs a step."""
     log = np.zeros(len(accuracies), compare.FIELDS)
     log["step"] = log["total_step"] = 100 * np.arange(len(accuracies))
     log["flops"], log["accuracy"] = flops * log["step"], accuracies
@@ -23,91 +27,218 @@ def run(accuracies, seed=0, flops=1.0):
     return compare.Run("arm", "photos", seed, log[:0], log, True, None)
 
 
+# --- the verdicts ---
 def test_each_count_is_the_one_that_its_question_names():
+    measure = experiment.measure
     slow, fast = run([0.1, 0.2, 0.4]), run([0.1, 0.4, 0.5], flops=4.0)
-    assert experiment.measure(fast, slow, "total_step") == (0.5, False)  # 100 steps of 200
-    assert experiment.measure(fast, slow, "flops") == (2.0, False)  # 400 FLOPs of 200
-    assert experiment.measure(slow, fast, "total_step") == (1.0, True)  # never: its whole budget
-    points, _ = experiment.measure(fast, slow, "end")
-    assert points == pytest.approx(10)
-    points, _ = experiment.measure(fast, slow, "equal FLOPs")  # 200 FLOPs: fast is at step 50
-    assert points == pytest.approx(25 - 40)
+    assert measure(fast, slow, "total_step") == (0.5, False)  # 100 steps of 200
+    assert measure(fast, slow, "flops") == (2.0, False)  # 400 FLOPs of 200
+    assert measure(slow, fast, "total_step") == (1.0, True)  # never: its whole budget
+    assert measure(fast, slow, "end").value == pytest.approx(10)
+    # with 200 FLOPs fast is at step 50
+    assert measure(fast, slow, "equal FLOPs").value == pytest.approx(25 - 40)
 
 
 def test_verdicts_pair_each_seed_with_its_own_baseline():
-    ends = (0.5, 0.6, 0.7)  # far apart, the arm always half a point above its own baseline
-    arms = {"maml": [run([0, end + 0.005 + i / 1e5], i) for i, end in enumerate(ends)]}
-    arms["scratch"] = [run([0, end], i) for i, end in enumerate(ends)]
+    ends = (0.5, 0.6, 0.7)  # far apart, and the arm half a point above its baseline
+    arms = {"maml": [], "scratch": []}
+    for seed, end in enumerate(ends):
+        arms["maml"].append(run([0, end + 0.005 + seed / 1e5], seed))
+        arms["scratch"].append(run([0, end], seed))
+    asked = "better than nothing | maml | scratch | end"
     lines = experiment.verdicts(arms).splitlines()
-    (line,) = (x for x in lines if "better than nothing | maml | scratch | end" in x)
+    (line,) = (line for line in lines if asked in line)
     assert "0.50 ± 0.00" in line and "supported" in line
 
 
 def test_how_far_the_inner_loop_lowers_its_pretext_loss():
-    arms = {"maml": [run([0, 0.5], i) for i in range(2)], "joint": [run([0, 0.5])]}
-    for i, each in enumerate(arms["maml"]):
-        each.log["pretext_loss"], each.log["pretext_loss_adapted"] = (9, 2), (9, 1.5 + i)
-    arms["joint"][0].log["pretext_loss_adapted"] = np.nan
-    assert experiment.lowered(arms).splitlines()[2:] == ["| maml | 0.0 ± 317.7 |"]  # 25 and -25
-    assert experiment.lowered({"joint": arms["joint"]}) == ""
+    maml, joint = [run([0, 0.5], seed) for seed in range(2)], run([0, 0.5])
+    for each, after in zip(maml, (1.5, 2.5), strict=True):  # 25 and -25%
+        each.log["pretext_loss"] = (9, 2)
+        each.log["pretext_loss_adapted"] = (9, after)
+    joint.log["pretext_loss_adapted"] = np.nan
+    table = experiment.lowered({"maml": maml, "joint": [joint]})
+    assert table.splitlines()[2:] == ["| maml | 0.0 ± 317.7 |"]
+    assert experiment.lowered({"joint": [joint]}) == ""
 
 
 def test_censored_seeds_never_support_and_refute_from_five_on():
-    judge, spread, none = experiment.judge, 0.4 + np.arange(5) / 100, np.zeros(5, bool)
-    assert judge(spread, none, 1.0, less=True)[1] == "supported"
-    assert judge(spread, np.arange(5) == 2, 1.0, less=True)[1] == "undecided"
-    assert judge(spread, ~none, 1.0, less=True)[1] == "refuted"
-    assert judge(spread[:4], ~none[:4], 1.0, less=True)[1] == "undecided"
-    assert judge(spread + 1, none, 1.0, less=True)[1] == "refuted"
-    assert judge(spread, none, 0.0, less=False)[1] == "supported"
+    def word(values, censored, null=1.0, less=True):
+        return experiment.judge(values, censored, null, less).word
+
+    spread, none = 0.4 + np.arange(5) / 100, np.zeros(5, bool)
+    assert word(spread, none) == "supported"
+    assert word(spread, np.arange(5) == 2) == "undecided"
+    assert word(spread, ~none) == "refuted"
+    assert word(spread[:4], ~none[:4]) == "undecided"
+    assert word(spread + 1, none) == "refuted"
+    assert word(spread, none, null=0.0, less=False) == "supported"
+    assert word(spread, none, null=0.42) == "undecided"
+    assert word(spread[:1], none[:1]) == "undecided"  # one seed has no interval
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_two_arms_that_are_the_same_are_undecided_in_95_of_100_draws(seeds):
     """In steps half of the seeds are censored, all of them in 1 of 2^seeds draws."""
-    rng, words = np.random.default_rng(1), {"end": [], "total_step": []}
-    for ends in rng.normal(0.6, 0.01, (1000, 2, seeds)):  # curves that still rise
-        pairs = [[run(np.linspace(0.1, end, 11)) for end in both] for both in ends.T]
-        for count, null, less in ("end", 0.0, False), ("total_step", 1.0, True):
-            values = zip(*(experiment.measure(a, b, count) for a, b in pairs), strict=True)
-            words[count].append(experiment.judge(*map(np.array, values), null, less)[1])
-    assert words["end"].count("undecided") / 1000 == pytest.approx(0.95, abs=0.02)
-    assert words["total_step"].count("undecided") / 1000 > 0.93
+    rng, words = np.random.default_rng(1), {"end": Counter(), "total_step": Counter()}
+    asked = {"end": (0.0, False), "total_step": (1.0, True)}
+    for ends in rng.normal(0.6, 0.01, (1000, seeds, 2)):  # curves that still rise
+        pairs = [[run(np.linspace(0.1, end, 11)) for end in pair] for pair in ends]
+        for count, (null, less) in asked.items():
+            found = [experiment.measure(*pair, count) for pair in pairs]
+            values, censored = zip(*found, strict=True)
+            words[count][experiment.judge(values, censored, null, less).word] += 1
+    assert words["end"]["undecided"] / 1000 == pytest.approx(0.95, abs=0.02)
+    assert words["total_step"]["undecided"] / 1000 > 0.93
 
 
-@pytest.mark.parametrize("photographs", [False, True])
-def test_the_folder_of_other_environments_has_their_shares(tmp_path, monkeypatch, photographs):
-    for split in "train", "test":
-        for kind in "bird cat deer dog frog horse airplane automobile ship truck".split():
-            (place := tmp_path / "data/cifar10" / split / kind).mkdir(parents=True)
-            for i in range(70):
-                Image.new("RGB", (32, 32), (200, 90, 140)).save(place / f"{i}.png")
+# --- folders of environments ---
+SHARES = (1.0, 0.0, 0.5)
+
+
+def write_few(folder, draw, part):
+    """A folder of environments with fewer images than in the experiment."""
+
+    def few(count, shares, split):
+        return draw(count // part, shares, split)
+
+    experiment.write_environments(folder, few, SHARES)
+
+
+def load(folder, data_dir, side=32):
+    return pretext.load(str(folder), str(data_dir), side, "cpu", environments=True)
+
+
+@pytest.mark.parametrize("draw", ["draw_coloured_shapes", "draw_tinted"])
+def test_the_folder_of_other_environments_has_their_shares(tmp_path, monkeypatch, draw):
+    kinds = "bird cat deer dog frog horse airplane automobile ship truck".split()
+    for place in (f"{split}/{kind}" for split in ("train", "test") for kind in kinds):
+        folder = tmp_path / "data/cifar10" / place
+        folder.mkdir(parents=True)
+        for i in range(35):
+            Image.new("RGB", (32, 32), (200, 90, 140)).save(folder / f"{i}.png")
     monkeypatch.setattr(experiment, "ROOT", tmp_path)
-    draw = experiment.draw_tinted if photographs else pretext.draw_coloured_shapes
-    few = lambda count, *rest: draw(count // 25, *rest)  # noqa: E731
-    experiment.write_environments(tmp_path / "f", few, (1.0, 0.0, 0.5))
-    data = pretext.load(str(tmp_path / "f"), str(tmp_path / "decoded"), 32, "cpu")
-    assert data.environments.bincount().tolist() == [200, 200]
-    assert data.test_environments.bincount().tolist() == [50, 50, 50]
-    middle = data.images[:, :, 12:20, 12:20].float().mean((2, 3))
-    green = (middle[:, 1] > middle[:, 0]).long()  # colour agrees with the label, or never does
-    for environment, share in ((0, 1.0), (1, 0.0)):
-        found = (green == data.labels)[data.environments == environment].float().mean()
-        assert found == pytest.approx(share, abs=0 if photographs else 0.35)
+    module = experiment if draw == "draw_tinted" else pretext
+    write_few(tmp_path / "f", getattr(module, draw), 50)
+    train, test, classes, *_ = load(tmp_path / "f", tmp_path / "decoded")
+    assert classes == ["class0", "class1"]
+    assert train.environments.bincount().tolist() == [100, 100]
+    assert test.environments.bincount().tolist() == [25, 25, 25]
+    middle = train.images[:, :, 12:20, 12:20].float().mean((2, 3))
+    green = (middle[:, 1] > middle[:, 0]).long()
+    for environment, share in enumerate(SHARES[:2]):  # agrees always, or never
+        agrees = (green == train.labels)[train.environments == environment]
+        tolerance = 0 if draw == "draw_tinted" else 0.35
+        assert agrees.float().mean() == pytest.approx(share, abs=tolerance)
+
+
+# --- the CSV files ---
+def gather(name, tmp_path):
+    """The lines of results/NAME.csv in tmp_path, gathered from tmp_path/runs."""
+    experiment.gather(name, tmp_path / "runs")
+    return (tmp_path / f"{name}.csv").read_text().splitlines()
 
 
 def test_gather_takes_the_rows_of_finished_runs_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
     whole = write(tmp_path / "runs/where", "whole", [0.1, 0.5], seed=3)
     write(tmp_path / "runs/where", "broken_off", [0.1], steps=99)
-    experiment.gather("where", tmp_path / "runs")
+    written = gather("where", tmp_path)
     header, *rows = whole.read_text().splitlines()
-    written = (tmp_path / "where.csv").read_text().splitlines()
     assert written == [f"run,seed,{header}", *(f"whole,3,{row}" for row in rows)]
     assert "broken_off/seed0 is not finished" in capsys.readouterr().out
 
 
-def test_one_command_draws_every_figure_and_table_from_the_csv_files(tmp_path, monkeypatch, capsys):
+def test_gather_keeps_the_rows_of_runs_that_are_no_longer_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    for seed in (0, 1, 10):
+        write(tmp_path / "runs/where", "maml", [0.1, 0.5], seed)
+    write(tmp_path / "runs/where", "again", [0.1, 0.2, 0.3])
+    before = gather("where", tmp_path)
+
+    shutil.rmtree(tmp_path / "runs")
+    assert gather("where", tmp_path) == before  # nothing is there, nothing is lost
+
+    write(tmp_path / "runs/where", "maml", [0.7, 0.8], seed=10)
+    write(tmp_path / "runs/where", "new", [0.1])
+    after = gather("where", tmp_path)
+    told = [line.split(",") for line in after[1:]]
+    seeds = [("again", "0"), ("maml", "0"), ("maml", "1"), ("maml", "10"), ("new", "0")]
+    assert list(dict.fromkeys((run, seed) for run, seed, *_ in told)) == seeds
+    assert [line for line in before if not line.startswith("maml,10,")] == [
+        line for line in after if not line.startswith(("maml,10,", "new,"))
+    ]
+    column = after[0].split(",").index("accuracy")
+    found = [row[column] for row in told if row[:2] == ["maml", "10"]]
+    assert found == ["0.7", "0.8"]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda p: p.stem)
+def test_gathering_nothing_leaves_each_file_of_results_as_it_is(tmp_path, path):
+    shutil.copy(path, copy := tmp_path / path.name)
+    header = path.read_text().partition("\n")[0]
+    experiment.merge(copy, header, {})
+    assert copy.read_bytes() == path.read_bytes()
+    if "support" not in path.stem:
+        assert header == f"run,seed,{compare.HEADER}"
+
+
+def train(arm, monkeypatch, root, place, flags):
+    """Trains an arm for two steps on the folder of environments in `root`."""
+    run, seed = place.parts[-2], place.name.removeprefix("seed")
+    command = f"{arm.__name__}.py --dataset {root}/f --environments --data-dir {root}"
+    command += " --image-size 16 --width 4 --batch-size 16 --steps 2 --device cpu"
+    command += f" --out {place.parents[1]} --name {run} --seed {seed} {flags}"
+    monkeypatch.setattr("sys.argv", command.split())
+    arm.main()
+
+
+def test_what_is_measured_after_training_is_what_the_run_itself_measured(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiment, "product", lambda *_: [(0.1, 1), (3.0, 2)])
+    write_few(tmp_path / "f", pretext.draw_coloured_shapes, 100)
+    runs = tmp_path / "runs"
+    maml, joint, scratch = (
+        runs / "environments" / name / "seed0" for name in ("maml", "joint", "scratch")
+    )
+    few = "--support-batch-size 4 --pretext colorization rotation"
+    train(maml_ssl, monkeypatch, tmp_path, maml, few)
+    train(maml_ssl, monkeypatch, tmp_path, joint, f"{few} --inner-lr 0")
+    train(pretrain_finetune, monkeypatch, tmp_path, scratch, "--pretrain-steps 0")
+    shutil.copytree(joint, runs / "tune/joint-6/seed100")
+    gather("environments", tmp_path)
+
+    with (tmp_path / "environments_support.csv").open() as file:
+        rows = list(csv.reader(file))[1:]
+    measured = {(row[0], row[2]): [float(cell) for cell in row[5:]] for row in rows}
+    rates = {(row[0], row[2]): (float(row[3]), int(row[4])) for row in rows}
+    assert [*measured] == [
+        ("joint", "none"),
+        ("joint", "own"),
+        ("maml", "none"),
+        ("maml", "own"),
+        ("maml", "other"),
+        ("maml", "shuffled"),
+        ("scratch", "none"),
+    ]
+    assert rates["maml", "own"] == (3.0, 1) and rates["scratch", "none"] == (0, 0)
+    assert rates["joint", "own"] in [(0.1, 1), (3.0, 2)]
+    for folder in maml, joint, scratch:
+        with (folder / "environments.csv").open() as file:
+            own = {row["environment"]: row for row in csv.DictReader(file)}
+        homes = [f"environment{i}" for i in range(3)]
+        for support, column in ("none", "accuracy"), ("own", "accuracy_adapted"):
+            found = measured.get((folder.parent.name, support))
+            if own[homes[0]][column]:  # only MAML adapts at its own evaluation
+                told = [float(own[home][column]) for home in homes]
+                assert found == pytest.approx(told, abs=1e-4)
+
+
+def test_one_command_draws_every_figure_and_table_from_the_csv_files(
+    tmp_path, monkeypatch, capsys
+):
     for path in RESULTS.glob("*.csv"):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
@@ -115,4 +246,5 @@ def test_one_command_draws_every_figure_and_table_from_the_csv_files(tmp_path, m
     experiment.main()
     for name in ("steps", "flops", "paid_once", "outer_step"):
         assert Image.open(tmp_path / f"{name}.png").width > 1500
-    assert capsys.readouterr().out == (RESULTS / "report.md").read_text()
+    written = (RESULTS / "report.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == written

@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import subprocess
 import sys
 from functools import partial
 
@@ -19,6 +20,7 @@ PUBLISHED_LAB = {
     (0, 1, 0): (87.73, -86.18, 83.18), (0, 0, 1): (32.30, 79.19, -107.86),
     (1, 1, 0): (97.14, -21.55, 94.48), (0, 0, 0): (0.00, 0.00, 0.00),
 }  # fmt: skip
+PATCHES = ("relative_position", "contrastive")  # two inputs for each image
 
 
 def generator(seed=0):
@@ -54,12 +56,12 @@ def encoder(width):
 def test_inputs_are_images_and_outputs_fit_targets(tasks, drawn, name, side):
     images, state = F.interpolate(drawn[:6] / 255, side), torch.get_rng_state()
     inputs, targets = batch(tasks[name], images)
-    assert all(map(torch.equal, batch(tasks[name], images), (inputs, targets)))  # the same seed
+    again = batch(tasks[name], images)  # the same seed
+    assert all(map(torch.equal, again, (inputs, targets)))
     assert torch.equal(torch.get_rng_state(), state)
     patch = side // 4 if name == "relative_position" else side
-    rows = 12 if name in ("relative_position", "contrastive") else 6
-    assert inputs.shape == (rows, 3, patch, patch) and inputs.dtype == torch.float32
-    assert inputs.min() >= 0 and inputs.max() <= 1
+    assert inputs.shape == (12 if name in PATCHES else 6, 3, patch, patch)
+    assert inputs.min() >= 0 and inputs.max() <= 1 and inputs.dtype == torch.float32
     loss = tasks[name].loss(tasks[name].make_head(8)(encoder(8)(inputs)), targets)
     assert loss.shape == () and loss.isfinite() and loss > 0
 
@@ -81,26 +83,30 @@ def test_first_and_second_derivatives_equal_finite_differences(tasks, drawn, nam
 # --- what a pretext task may see: no shortcut through how support images are made ---
 def support(name, images, steps, count):
     """Inputs and targets of `steps` support batches, made as the arms make them."""
-    task = pretext.TASKS[name](images)
-    everything = torch.ones(len(images), dtype=torch.bool)
-    source, made = (images, everything, count, True), []
+    tasks = pretext.make_tasks([name], images, True)
+    nothing = torch.zeros(len(images), dtype=torch.long)
+    split, made = pretext.Split(images, nothing, nothing), []
     for step in range(steps):
-        made.append(pretext.batches({name: task}, 0, "pretext", step, *source)[name])
+        key = (0, "pretext", step)
+        drawn = pretext.draw_batches(tasks, split, nothing == 0, count, True, key)
+        made.append(drawn[name])
     return tuple(map(torch.cat, zip(*made, strict=True)))
 
 
 def guessed_places():
-    """How often least squares on the pixels finds the place: 2,000 unseen pairs of noise images."""
+    """How often least squares on pixels finds the place: 2,000 unseen pairs of noise."""
     noise = torch.randint(256, (2000, 3, 32, 32), generator=generator()).byte()
     inputs, places = support("relative_position", noise, 16, 500)
-    pixels = F.pad(inputs.view(8000, -1) - 0.5, (0, 1), value=1.0)  # both patches, and a constant
-    weights = torch.linalg.lstsq(pixels[:6000], F.one_hot(places[:6000], 8).float()).solution
+    # both patches, and a constant
+    pixels = F.pad(inputs.view(8000, -1) - 0.5, (0, 1), value=1.0)
+    answers = F.one_hot(places[:6000], 8).float()
+    weights = torch.linalg.lstsq(pixels[:6000], answers).solution
     guesses = (pixels[6000:] @ weights).argmax(1)
     return (guesses == places[6000:]).float().mean().item()
 
 
 def agreement_of_views():
-    """How alike the two views of copies of one image are, in standard errors: 0 by chance."""
+    """How alike two views of copies of one image are, in standard errors: 0 by chance."""
     copies = pretext.draw_shapes(1, seed=1)[0].expand(1000, -1, -1, -1)
     views, _ = support("contrastive", copies, 2, 1000)
     views = (views - views.mean(0)).flatten(1)
@@ -121,10 +127,13 @@ def new_dark_pixels(name):
     (partial(new_dark_pixels, "colorization"), 0, 0),
     (partial(new_dark_pixels, "masked_autoencoding"), 0, 0),
 ])  # fmt: skip
-def test_how_support_images_are_made_gives_nothing_away(measure, chance, noise, monkeypatch):
+def test_how_support_images_are_made_gives_nothing_away(
+    measure, chance, noise, monkeypatch
+):
     assert abs(measure() - chance) <= noise
     mirror, shift = pretext.mirror, pretext.shift  # black borders would be seen:
-    monkeypatch.setattr(pretext, "mirror", lambda x, rng, flip: mirror(shift(x, rng), rng, flip))
+    shifted = lambda x, rng, flip: mirror(shift(x, rng), rng, flip)  # noqa: E731
+    monkeypatch.setattr(pretext, "mirror", shifted)
     assert measure() > chance + max(0.02, 2 * noise)
 
 
@@ -160,13 +169,14 @@ def test_bins_are_a_grid_of_step_10_on_which_every_colour_has_its_own(tasks):
     assert (bins % 10 == 0).all() and bins.abs().max() <= 110
     colours = torch.rand(3, 2000, 1, generator=generator())
     ab = pretext.rgb_to_lab(colours)[1:, :, 0].T
-    assert (ab[:, None] - bins).abs().amax(2).amin(1).max() <= 5  # half a step in a and in b
+    distance = (ab[:, None] - bins).abs().amax(2)
+    assert distance.amin(1).max() <= 5  # half a step in a and in b
 
 
 def test_prior_is_the_smoothed_histogram_and_rebalancing_follows_equation_4():
     red = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     red[:, 0] = 255
-    task = pretext.Colorization(red)  # ab = (80.1, 67.2): everything falls into the bin (80, 70)
+    task = pretext.Colorization(red)  # ab = (80.1, 67.2): all is in the bin (80, 70)
     squares = (task.bins - torch.tensor([80.0, 70.0])).square().sum(1)
     smooth = torch.exp(-squares / (2 * 5**2))
     torch.testing.assert_close(task.prior, smooth / smooth.sum(), rtol=1e-3, atol=1e-6)
@@ -196,15 +206,17 @@ def test_colour_targets_and_loss_equal_a_naive_loop(tasks, drawn):
 
 # --- relative position ---
 def test_labels_agree_with_where_the_patches_were_cut_out(tasks):
-    """Read off images whose every channel is the row, then the column, of each pixel."""
+    """Read off images whose channels are the row, then the column, of each pixel."""
     count, corners = 600, []
     rows = torch.arange(32.0).view(32, 1).expand(32, 32) / 255
     for ramp in (rows, rows.T):  # the same seed: the same patches
-        inputs, labels = batch(tasks["relative_position"], ramp.expand(count, 3, 32, 32))
+        ramps = ramp.expand(count, 3, 32, 32)
+        inputs, labels = batch(tasks["relative_position"], ramps)
         kept = inputs.flatten(2).std(2).argmax(1)
         first_pixel = inputs[torch.arange(2 * count), kept, 0, 0]
         corners.append((first_pixel * 255).round().long())
-    first, second = torch.stack(corners, 1).view(count, 2, 2).unbind(1)  # [N, row and column]
+    # [N, row and column] each
+    first, second = torch.stack(corners, 1).view(count, 2, 2).unbind(1)
     places = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if (r, c) != (0, 0)]
     expected = torch.tensor(places)[labels]
     assert labels.unique().tolist() == list(range(8))
@@ -213,10 +225,10 @@ def test_labels_agree_with_where_the_patches_were_cut_out(tasks):
         assert len(jitter) == 9 and jitter.abs().max() == 1
 
 
-def test_kept_channel_is_a_patch_of_the_image_and_the_others_are_noise_about_mid_gray(tasks):
+def test_kept_channel_is_a_patch_of_the_image_the_others_noise_about_mid_gray(tasks):
     images = torch.rand(200, 3, 32, 32, generator=generator())
     inputs, _ = batch(tasks["relative_position"], images)
-    spread = inputs.std((2, 3))  # [400, 3]: 0.29 in the kept channel, a hundredth in the others
+    spread = inputs.std((2, 3))  # [400, 3]: 0.29 where kept, else a hundredth of that
     kept = spread > 0.1
     assert (kept.sum(1) == 1).all() and (kept.sum(0) > 90).all()
     assert (inputs.mean((2, 3))[~kept] - 0.5).abs().max() < 0.01
@@ -241,16 +253,18 @@ def patches_of(images):
     return images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
 
 
-def test_three_quarters_of_the_patches_are_masked_and_nothing_of_them_is_shown(tasks, drawn):
+def test_three_quarters_of_the_patches_are_masked_and_not_shown(tasks, drawn):
     task, images = tasks["masked_autoencoding"], drawn[:20] / 255
     inputs, targets = batch(task, images)
     mask = patches_of(targets[:, 3:]).flatten(3)
-    assert (mask.amin(3) == mask.amax(3)).all() and (mask[..., 0].sum((1, 2)) == 48).all()
+    assert (mask.amin(3) == mask.amax(3)).all()
+    assert (mask[..., 0].sum((1, 2)) == 48).all()
     assert len(mask[..., 0].flatten(1).unique(dim=0)) == len(images)  # each has its own
     masked = (targets[:, 3:] > 0).expand_as(images)
     other = torch.where(masked, torch.rand(images.shape, generator=generator()), images)
     assert torch.equal(batch(task, other)[0], inputs)
-    assert (inputs[masked] == 0.5).all() and torch.equal(inputs[~masked], images[~masked])
+    assert (inputs[masked] == 0.5).all()
+    assert torch.equal(inputs[~masked], images[~masked])
 
 
 def test_masked_loss_equals_a_naive_loop_and_ignores_visible_pixels(tasks, drawn):
@@ -264,7 +278,8 @@ def test_masked_loss_equals_a_naive_loop_and_ignores_visible_pixels(tasks, drawn
             normal = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
             errors.append((output - normal).square().mean().item())
     loss = task.loss(outputs, targets)
-    assert len(errors) == 3 * 48 and loss.item() == pytest.approx(sum(errors) / 144, rel=1e-4)
+    assert len(errors) == 3 * 48
+    assert loss.item() == pytest.approx(sum(errors) / 144, rel=1e-4)
     assert task.loss(torch.where(targets[:, 3:] > 0, outputs, 9.0), targets) == loss
 
 
@@ -285,20 +300,22 @@ def test_nt_xent_equals_a_loop_written_out():
 
 
 def test_partners_show_the_same_image(tasks):
-    shades = torch.tensor([0.05, 0.9, 0.9, 0.05, 0.9])  # further apart than jitter moves them
-    views, partners = batch(tasks["contrastive"], shades.view(5, 1, 1, 1).expand(5, 3, 32, 32))
+    shades = torch.tensor([0.05, 0.9, 0.9, 0.05, 0.9])  # jitter moves them by less
+    images = shades.view(5, 1, 1, 1).expand(5, 3, 32, 32)
+    views, partners = batch(tasks["contrastive"], images)
     bright = views.mean((1, 2, 3)) > 0.3
     assert torch.equal(bright, (shades > 0.3).repeat_interleave(2))
     assert partners.tolist() == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8]
 
 
 def crop_boxes(task, count):
-    """Width, height and middle of crops, read off coordinate images; the image is [0, 1]^2."""
+    """Width, height and middle of crops of coordinate images, which are [0, 1]^2."""
     ramp = ((torch.arange(32) + 0.5) / 32).expand(32, 32)
-    views = task.crop(torch.stack((ramp, ramp.T, ramp)).expand(count, 3, 32, 32), generator())
-    inner = views[:, :2, 8:24, 8:24]  # no border effects at any crop size
-    step = torch.stack((inner[:, 0].diff(dim=2).mean((1, 2)), inner[:, 1].diff(dim=1).mean((1, 2))))
-    return 32 * step, inner.mean((2, 3)).T
+    ramps = torch.stack((ramp, ramp.T, ramp)).expand(count, 3, 32, 32)
+    inner = task.crop(ramps, generator())[:, :2, 8:24, 8:24]  # without border effects
+    across = inner[:, 0].diff(dim=2).mean((1, 2))
+    down = inner[:, 1].diff(dim=1).mean((1, 2))
+    return 32 * torch.stack((across, down)), inner.mean((2, 3)).T
 
 
 def test_crops_keep_to_their_area_and_ratio_and_to_the_image(tasks, drawn):
@@ -306,27 +323,29 @@ def test_crops_keep_to_their_area_and_ratio_and_to_the_image(tasks, drawn):
     flipped, width = width < 0, width.abs()
     area, ratio = width * height, width / height
     assert 0.079 < area.min() < 0.1 and 0.95 < area.max() < 1.001
-    assert area.mean().item() == pytest.approx(0.53, abs=0.03)  # uniform in [0.08, 1], cut a bit
+    # uniform in [0.08, 1], cut a bit
+    assert area.mean().item() == pytest.approx(0.53, abs=0.03)
     assert 0.749 < ratio.min() < 0.76 and 1.32 < ratio.max() < 1.334
     assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.03)
     for size, centre in zip((width, height), middle, strict=True):
         assert -1e-3 < (centre - size / 2).min() < 0.01
         assert 0.99 < (centre + size / 2).max() < 1 + 1e-3
-    assert tasks["contrastive"].crop(torch.ones(200, 3, 32, 32), generator()).min() > 0.999
-    gray = pretext.Contrastive(drawn[:, :1].expand(-1, 3, -1, -1))  # digits may be among these
-    assert (crop_boxes(gray, 500)[0] > 0).all()
+    white = tasks["contrastive"].crop(torch.ones(200, 3, 32, 32), generator())
+    assert white.min() > 0.999
+    assert (crop_boxes(pretext.Contrastive(drawn, False), 500)[0] > 0).all()
 
 
 def test_jitter_strengths_and_shares_are_those_of_the_paper(tasks):
     """Brightness, contrast and saturation 0.6 to 1.4, hue up to a tenth of the circle."""
     image = 0.5 + 0.1 * torch.rand(1, 3, 8, 8, generator=generator())
-    images = torch.cat((image, image / 4)).repeat(4000, 1, 1, 1)  # dark ones among bright ones
+    images = torch.cat((image, image / 4)).repeat(4000, 1, 1, 1)  # bright and dark
     views = tasks["contrastive"].jitter(images, generator())
 
     def parts(x):  # luma, and chroma as a complex number in the plane of U and V
         r, g, b = x.double().unbind(1)
         y = 0.299 * r + 0.587 * g + 0.114 * b
-        return y.flatten(1), torch.complex(0.492 * (b - y), 0.877 * (r - y)).flatten(1)
+        chroma = torch.complex(0.492 * (b - y), 0.877 * (r - y))
+        return y.flatten(1), chroma.flatten(1)
 
     (y, chroma), (y0, chroma0) = parts(views), parts(images)
     brightness = y.mean(1) / y0.mean(1)
@@ -352,19 +371,104 @@ def test_labels_belong_to_dataset_indices_and_stay_when_images_are_appended(draw
     assert many.labels.unique().tolist() == list(range(10))
 
 
+# --- the learned tasks, which ask nothing ---
+def test_learned_labels_are_the_cross_entropy_of_soft_labels_and_answers(tasks):
+    outputs = torch.randn(5, 20, generator=generator()).double()
+    total = 0.0
+    for answers, labels in zip(outputs[:, :10], outputs[:, 10:], strict=True):
+        wanted = [math.exp(x) for x in labels.tolist()]
+        said = [math.exp(x) for x in answers.tolist()]
+        for w, s in zip(wanted, said, strict=True):
+            total -= w / sum(wanted) * math.log(s / sum(said))
+    loss = tasks["learned_labels"].loss(outputs, None).item()
+    assert loss == pytest.approx(total / 5, rel=1e-12)
+
+
+def test_learned_loss_is_the_mean_square_of_what_the_head_says(tasks):
+    outputs = torch.tensor([[3.0], [-1.0], [2.0]])
+    assert tasks["learned_loss"].loss(outputs, None).item() == pytest.approx(14 / 3)
+
+
+@pytest.mark.parametrize("name", pretext.LEARNED)
+def test_what_they_teach_comes_from_the_head_alone(tasks, drawn, name):
+    """Not from the images' places or a draw: the head's gradient moves the encoder."""
+    images = drawn[:4] / 255
+    inputs, _ = tasks[name].make_batch(images, torch.arange(4), generator(0))
+    again, _ = tasks[name].make_batch(images, torch.arange(4, 8), generator(1))
+    assert torch.equal(inputs, images) and torch.equal(again, images)
+    head = tasks[name].make_head(4)
+    outputs = head(torch.randn(4, 4, 2, 2, generator=generator()))
+    gradients = torch.autograd.grad(tasks[name].loss(outputs, None), head.parameters())
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+# --- making them ---
 @pytest.mark.parametrize("name, side, message", [
     ("relative_position", 24, "use --image-size 32"),
-    ("colorization", 32, "colour.*gray: leave it out"),
+    ("colorization", 32, "colour, and all images are gray"),
     ("masked_autoencoding", 8, "use --image-size 16"),  # patches of one pixel
 ])  # fmt: skip
-def test_gray_images_and_sizes_that_cannot_work_are_refused_with_a_remedy(name, side, message):
+def test_images_that_a_task_named_cannot_use_are_refused_and_else_left_out(
+    name, side, message, capsys
+):
+    images = torch.zeros(2, 3, side, side, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"^{name} needs .*{message}"):
-        pretext.TASKS[name](torch.zeros(2, 3, side, side, dtype=torch.uint8))
+        pretext.make_tasks(["rotation", name], images, True)
+    made = pretext.make_tasks(None, images, True, [name, "rotation"])
+    assert [*made] == ["rotation"]
+    assert capsys.readouterr().out.startswith(f"Without {name}: {name} needs ")
+
+
+def test_by_default_gray_images_have_the_tasks_that_can_use_them(drawn, capsys):
+    assert (*pretext.make_tasks(None, drawn, True),) == pretext.DEFAULT_TASKS
+    gray = drawn[:, :1].expand(-1, 3, -1, -1)
+    made = pretext.make_tasks(None, gray, False)
+    assert [*made] == ["rotation", "masked_autoencoding", "contrastive"]
+    assert capsys.readouterr().out.count("\n") == 1 and made["contrastive"].flip == 0
+
+
+def test_tasks_restored_from_what_is_saved_of_them_make_the_same_batches_and_losses(
+    tasks, drawn, tmp_path
+):
+    torch.save({name: vars(task) for name, task in tasks.items()}, tmp_path / "saved")
+    saved = torch.load(tmp_path / "saved", weights_only=True)
+    restored = pretext.restore_tasks(saved)
+    assert [*restored] == [*pretext.TASKS]
+    images, places = drawn[50:58] / 255, torch.arange(50, 58)
+    made = pretext.make_batches(tasks, images, places, (1, "pretext", 2))
+    again = pretext.make_batches(restored, images, places, (1, "pretext", 2))
+    for name, task in restored.items():
+        assert all(map(torch.equal, made[name], again[name]))
+        inputs, targets = made[name]
+        torch.manual_seed(0)
+        outputs = tasks[name].make_head(8)(encoder(8)(inputs))
+        torch.manual_seed(0)
+        same = task.make_head(8)(encoder(8)(inputs))
+        losses = tasks[name].loss(outputs, targets), task.loss(same, targets)
+        assert torch.equal(*losses)
+        assert {k: vars(task)[k] is saved[name][k] for k in saved[name]} or not saved[
+            name
+        ]
+
+
+def test_the_same_key_gives_the_same_batches_and_another_name_others(tasks, drawn):
+    """Each task has draws of its own, whoever else is there."""
+    nothing = torch.zeros(len(drawn), dtype=torch.long)
+    split, key = pretext.Split(drawn, nothing, nothing), (3, "pretext", 5)
+    pair = {name: tasks[name] for name in ("rotation", "random_labels")}
+    both = pretext.draw_batches(pair, split, nothing == 0, 8, True, key)
+    alone = {"random_labels": tasks["random_labels"]}
+    one = pretext.draw_batches(alone, split, nothing == 0, 8, True, key)
+    assert all(map(torch.equal, both["random_labels"], one["random_labels"]))
+    labels = tasks["random_labels"].labels
+    sums = [x.sum((1, 2, 3)).sort().values for x, _ in both.values()]
+    assert not torch.allclose(*sums) and len(labels) == len(drawn)
 
 
 def test_shapes_are_twenty_the_same_every_time_and_balanced():
-    outlines = [shape.split() for text in pretext.SHAPES.values() for shape in text.split(",")]
-    assert len({tuple(sorted(corners)) for _, *corners in outlines}) == len(outlines) == 20
+    outlines = [line.split() for lines in pretext.SHAPES.values() for line in lines]
+    assert len({tuple(sorted(corners)) for _, *corners in outlines}) == 20
+    assert len({name for name, *_ in outlines}) == len(outlines) == 20
     for classes in pretext.SHAPES:
         images, labels = pretext.draw_shapes(100, classes, seed=1)
         assert labels.bincount().tolist() == [10] * 10
@@ -372,16 +476,64 @@ def test_shapes_are_twenty_the_same_every_time_and_balanced():
         assert not torch.equal(images, pretext.draw_shapes(100, classes, seed=2)[0])
 
 
-def test_script_draws_a_png_of_files_and_names_one_that_is_no_image(tmp_path, monkeypatch, capsys):
+# --- the script ---
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["pretext.py", *words])
+    runpy.run_path(pretext.__file__, run_name="__main__")
+
+
+def test_script_draws_a_png_of_files_and_names_one_that_is_no_image(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 20), "red").save("red.jpg")
     (tmp_path / "text.png").write_text("no image")
-    monkeypatch.setattr(sys, "argv", ["pretext.py", "red.jpg"])
-    runpy.run_path(pretext.__file__, run_name="__main__")
+    run(monkeypatch, "red.jpg")
     assert capsys.readouterr().out == "wrote pretext.png\n"
     assert Image.open("pretext.png").width > 500
-    sys.argv[1:] = ["red.jpg", "text.png", "--out", "b.png"]
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(pretext.__file__, run_name="__main__")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and "text.png" in message and message.count("\n") == 1
+    for word, why in ("text.png", "none of BMP"), ("gone.png", "No such file"):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, "red.jpg", word, "--out", "b.png")
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.count("\n") == 1
+        assert message.startswith(f"pretext.py: {word}: ") and why in message
+
+
+def test_script_draws_gray_pictures_without_the_task_that_needs_colour(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").save("gray.png")
+    run(monkeypatch, "gray.png")
+    left_out, wrote = capsys.readouterr().out.splitlines()
+    assert (
+        left_out.startswith("Without colorization: ") and wrote == "wrote pretext.png"
+    )
+
+
+def test_the_figure_has_a_row_for_each_task_with_its_question_and_its_answers(
+    drawn, tmp_path, monkeypatch
+):
+    from matplotlib.axes import Axes
+
+    text, told = Axes.text, []
+    spy = lambda axis, x, y, s, **how: told.append(str(s)) or text(axis, x, y, s, **how)  # noqa: E731, E501
+    monkeypatch.setattr(Axes, "text", spy)
+    pretext.draw_figure(drawn[:3], tmp_path / "a.png")
+    words = [" ".join(line.split()) for line in told]
+    for question in (
+        "rotation By which of the four quarter turns is the image rotated?",
+        "learned labels Nothing: the outer loop decides.",
+        "learned loss Nothing: the outer loop decides.",
+    ):
+        assert words.count(question) == 1
+    answers = [word for word in words if " " not in word]
+    assert len(answers) == 3 * 3  # of the three tasks with a class for each image
+    assert sum(word.endswith("°") for word in answers) == 3
+    assert sum(word.isdigit() for word in answers) == 3
+
+
+def test_script_runs_without_docstrings(tmp_path):
+    words = [sys.executable, "-OO", pretext.__file__, "--out", "a.png"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout == "wrote a.png\n"
