@@ -17,11 +17,13 @@ theta: the encoder f. phi_t: the head of pretext task t. psi: the head of the de
 task, which no inner step moves. alpha: --inner-lr. K: --inner-steps. beta:
 --pretext-weight. AdamW moves theta, all phi_t and psi along the exact gradient of the
 outer loss, which goes through the inner loop (second order). With --inner joint there
-is one inner loop, by the mean of all L_t.
+is one inner loop, by the mean of all L_t. What is scored is a running average of the
+weights.
 """
 
 import argparse
 import contextlib
+import csv
 import io
 import json
 import math
@@ -41,8 +43,9 @@ import torchvision
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import pretext
@@ -61,7 +64,7 @@ def inner_step(
         value,
         weights.values(),
         create_graph=not first_order,  # the outer gradient goes through it
-        retain_graph=True,  # the outer loss uses L(w_0) once more
+        retain_graph=True,  # the outer loss uses L(w_0) too
         materialize_grads=True,  # zeros for what the loss ignores, such as psi
     )
     pairs = zip(weights.items(), gradients, strict=True)
@@ -73,23 +76,23 @@ def adapt(
 ) -> tuple[Weights, Tensor]:
     """The inner loop (MAML, section 2.2): w_K and L(w_0). K = 0 adapts nothing.
 
-    first_order (section 5.2): the inner gradients are constants of the outer one.
-    flat: compute each step again in the backward pass instead of keeping its graph.
+    first_order (section 5.2): the outer gradient takes the inner ones for constants.
+    flat: a step's graph is not kept, but made again when `backward()` gets there.
     """
     if steps == 0:
         return weights, loss(weights)
-    step = partial(checkpoint, inner_step, use_reentrant=False) if flat else inner_step
+    step = flat_step if flat else inner_step
     for k in range(steps):
         weights, value = step(loss, weights, lr, first_order)
         if k == 0:
-            first = value
-    return weights, first
+            loss_0 = value
+    return weights, loss_0
 
 
 def pretext_loss(weights, model, tasks, batches, balance="mean") -> Tensor:
     """L: the mean of L_t over the tasks. batches: {task: (inputs, targets)}."""
     inputs = {name: batch[0] for name, batch in batches.items()}
-    outputs = functional_call(model, weights, (inputs,))
+    outputs = functional_call(model, weights, (inputs,))  # of each task's head, by name
     losses = []
     for name, (_, targets) in batches.items():
         losses.append(tasks[name].loss(outputs[name], targets))
@@ -100,41 +103,18 @@ def pretext_loss(weights, model, tasks, batches, balance="mean") -> Tensor:
 
 
 def outer_loss(
-    model, tasks, batches, images: Tensor, labels: Tensor, balance: str, **inner
+    model, tasks, batches, images: Tensor, labels: Tensor, balance="mean", **inner
 ) -> tuple[Tensor, Tensor]:
-    """CE(psi(f_{w_K}(images)), labels), and L(w_0). inner: what `adapt` takes."""
+    """What the outer loss adds up: CE(psi(f_{w_K}(images)), labels) and L(w_0).
 
-    def loss(weights: Weights) -> Tensor:
-        return pretext_loss(weights, model, tasks, batches, balance)
-
-    weights, before = adapt(loss, dict(model.named_parameters()), **inner)
-    outputs = functional_call(model, weights, ({"target": images},))
-    return F.cross_entropy(outputs["target"], labels), before
-
-
-def nash_weights(losses: Tensor, weights: Weights) -> Tensor:
-    """The a > 0 with G^T G a = 1 / a (Nash-MTL, 2202.01017, section 3.2), constants.
-
-    The columns of G are the gradients of the losses, [T]. a is where the convex
-    1/2 a^T G^T G a - sum log a is least: damped Newton. Without a gradient it is 0.
+    inner: the settings that `adapt` takes.
     """
-    columns = []
-    for loss in losses:
-        gradients = torch.autograd.grad(
-            loss, weights.values(), retain_graph=True, materialize_grads=True
-        )
-        columns.append(torch.cat([g.flatten() for g in gradients]))
-    lengths = torch.stack([column.norm() for column in columns])
-    unit = torch.stack(columns) / lengths.clamp(min=1e-30)[:, None]
-    ridge = 10 * torch.finfo(unit.dtype).eps  # for gradients that depend on another
-    products = unit @ unit.T + ridge * torch.eye(len(unit)).to(unit)
-    a = torch.ones_like(lengths)
-    for _ in range(50):
-        slope = products @ a - 1 / a
-        step = torch.linalg.solve(products + torch.diag(a**-2), slope)
-        damping = 1 + (slope @ step).clamp(min=0).sqrt()
-        a = a - step / damping  # which keeps it positive
-    return torch.where(lengths > 0, a / lengths, 0)
+    loss = partial(
+        pretext_loss, model=model, tasks=tasks, batches=batches, balance=balance
+    )
+    weights, loss_0 = adapt(loss, dict(model.named_parameters()), **inner)
+    outputs = functional_call(model, weights, ({"target": images},))
+    return F.cross_entropy(outputs["target"], labels), loss_0
 
 
 # --- training ---
@@ -150,7 +130,7 @@ def main() -> None:
     groups = make_groups(tasks, args)
     check_sizes(data, groups, args)
     model = make_model(args, {"target": len(data.classes)}, tasks)
-    inner = {"lr": args.inner_lr, "steps": args.inner_steps, "balance": args.balance}
+    inner = {"lr": args.inner_lr, "steps": args.inner_steps}
     inner |= {"first_order": args.first_order, "flat": args.flat_memory}
 
     def backward(model: nn.Module, step: int) -> Used:
@@ -162,17 +142,17 @@ def main() -> None:
         total, seen, labelled = 0.0, 0, 0
         for loop in loops[rank::ranks]:  # one graph is alive at a time
             batches = support_batches(data, pool, query, loop, step, args)
-            images, labels = query.images[loop.share], query.labels[loop.share]
-            entropy, before = outer_loss(
-                model, loop.tasks, batches, images, labels, **inner
+            x, y = query.images[loop.share], query.labels[loop.share]
+            ce, loss_0 = outer_loss(
+                model, loop.tasks, batches, x, y, balance=args.balance, **inner
             )
-            # a loop has B_t of the B query images:  B_t / B CE  +  beta / loops L(w_0)
-            entropy = len(labels) / size * entropy
-            (entropy + args.pretext_weight * before / len(loops)).backward()
+            # this loop has B_t of the B query images: B_t / B CE + beta / loops L(w_0)
+            ce = len(y) / size * ce
+            (ce + args.pretext_weight * loss_0 / len(loops)).backward()
             shown = sum(len(inputs) for inputs, _ in batches.values())
-            total += entropy.item()
-            seen += len(labels) + max(1, args.inner_steps) * shown
-            labelled += len(labels)
+            total += ce.item()
+            seen += len(y) + max(1, args.inner_steps) * shown
+            labelled += len(y)
         return Used(total, seen, labelled)
 
     def evaluate(model: nn.Module) -> Evaluation:
@@ -192,6 +172,7 @@ def main() -> None:
         return Evaluation(correct, adapted.argmax(1) == labels, before, after)
 
     run = Run(args, model, data, sources, tasks)
+    # each step: backward, AdamW; now and then: evaluate the averaged weights, a log row
     train(run, "target", args.steps, model, backward, evaluate, args)
     run.conclude()
 
@@ -224,17 +205,17 @@ def share_out(groups: list[dict], environments: Tensor) -> list[Loop]:
 
 
 def support_batches(data, pool, query, loop: Loop, step: int, args) -> pretext.Batches:
-    """What the tasks of a loop make of other images of its environment, their own each.
+    """For each task of a loop a batch of other images of the loop's environment.
 
-    With --support query they get the loop's query images.
+    With --support query they are the query images of this loop.
     """
-    # environment 0 has no number here: its draws are those of data with one environment
+    # without a number for environment 0: data with one environment draws the same
     key = (args.seed, f"pretext{loop.environment or ''}", step)
     if args.support == "query":
         images, indices = query.images[loop.share], query.indices[loop.share]
         return pretext.make_batches(loop.tasks, images, indices, key)
     others = pool.environments == loop.environment
-    others = others.index_fill(0, query.indices, False)
+    others = others.index_fill(0, query.indices, False)  # the training set comes first
     size = args.support_batch_size
     return pretext.draw_batches(loop.tasks, pool, others, size, data.mirror, key)
 
@@ -267,15 +248,58 @@ def check_sizes(data: pretext.Data, groups: list[dict], args) -> None:
     if args.batch_size < needed:
         what = f"{at_once} environments with {len(groups)} inner loops each"
         raise ValueError(f"--batch-size {args.batch_size}: {what} need {needed}")
-    images, name = int(counts.min()), data.environments[homes[counts.argmin()]]
-    share = math.ceil(args.batch_size / at_once)
-    left = images - (share if share < images else max(1, images // 2))
     if args.support == "query" or args.pretext_images == "both":
         return
-    if left == 0:
+    images, name = int(counts.min()), data.environments[homes[counts.argmin()]]
+    share = math.ceil(args.batch_size / at_once)  # of a step, from an environment
+    taken = share if share < images else max(1, images // 2)  # as labelled_batch does
+    if taken == images:
         raise ValueError(f"{name}: its only training image leaves none to adapt to")
-    if left < args.support_batch_size:
-        pretext.say(f"{name} has {images} images: {left} in a support batch, no more")
+    if images - taken < args.support_batch_size:
+        left = f"a support batch has the {images - taken} that the query leaves"
+        pretext.say(f"{name} has {images} training images: {left}")
+
+
+# --- an inner step in flat memory ---
+def flat_step(
+    loss: Loss, weights: Weights, lr: float, first_order: bool
+) -> tuple[Weights, Tensor]:
+    """`inner_step`, which keeps w_k alone and computes the rest again when needed."""
+
+    def step(*values: Tensor) -> tuple[Tensor, ...]:  # checkpoint takes no dict
+        with torch.enable_grad():  # at first it comes without
+            named = dict(zip(weights, values, strict=True))
+            after, value = inner_step(loss, named, lr, first_order)
+        return *after.values(), value
+
+    *values, value = checkpoint(step, *weights.values(), use_reentrant=True)
+    return dict(zip(weights, values, strict=True)), value
+
+
+# --- the weights of tasks ---
+def nash_weights(losses: Tensor, weights: Weights) -> Tensor:
+    """The a > 0 with G^T G a = 1 / a (Nash-MTL, 2202.01017, section 3.2), constants.
+
+    The columns of G are the gradients of the losses, [T]. a is where the convex
+    1/2 a^T G^T G a - sum log a is least: damped Newton. Without a gradient it is 0.
+    """
+    columns = []
+    for loss in losses:
+        gradients = torch.autograd.grad(
+            loss, weights.values(), retain_graph=True, materialize_grads=True
+        )
+        columns.append(torch.cat([g.flatten() for g in gradients]))
+    lengths = torch.stack([column.norm() for column in columns])
+    unit = torch.stack(columns) / lengths.clamp(min=1e-30)[:, None]
+    ridge = 10 * torch.finfo(unit.dtype).eps  # for gradients that depend on another
+    products = unit @ unit.T + ridge * torch.eye(len(unit)).to(unit)
+    a = torch.ones_like(lengths)
+    for _ in range(50):
+        slope = products @ a - 1 / a
+        step = torch.linalg.solve(products + torch.diag(a**-2), slope)
+        damping = 1 + (slope @ step).clamp(min=0).sqrt()
+        a = a - step / damping  # which keeps it positive
+    return torch.where(lengths > 0, a / lengths, 0)
 
 
 # --- a trained model ---
@@ -292,7 +316,8 @@ def predict_adapted(model, tasks: dict, batches, images: Tensor, args) -> Adapte
         mine = {name: batches[name] for name in group}
         mean = partial(pretext_loss, model=model, tasks=group, batches=mine)
         loss = partial(mean, balance=args.balance)
-        adapted, _ = adapt(loss, weights, args.inner_lr, args.inner_steps, True)
+        lr, steps = args.inner_lr, args.inner_steps
+        adapted, _ = adapt(loss, weights, lr, steps, first_order=True)
         with torch.no_grad():
             found.append([mean(weights).item(), mean(adapted).item()])
         total = total + predict(model, adapted, images)
@@ -316,14 +341,15 @@ def load_trained(file: str | Path, device: str = "cpu") -> Trained:
 
 
 def predict_new(trained: Trained, images: Tensor) -> Tensor:
-    """Adapts to uint8 images [N, 3, H, H] without labels, then classifies them.
+    """Adapts to up to 256 of uint8 images [N, 3, H, H], unlabelled; classifies all.
 
     They come from one environment, which may be new. Returns class probabilities
     [N, classes], in the order of trained.args.classes.
     """
     model, tasks, args = trained
     places = torch.arange(len(images), device=images.device)
-    split, every = pretext.Split(images, places, places), places >= 0
+    every = torch.ones_like(places, dtype=torch.bool)
+    split = pretext.Split(images, places, places)  # labels, environments: never used
     key, count = (args.seed, "evaluation", 0), pretext.ADAPT_TO
     batches = pretext.draw_batches(tasks, split, every, count, args.mirror, key)
     return predict_adapted(model, tasks, batches, images, args).probabilities
@@ -470,7 +496,7 @@ class Evaluation(NamedTuple):
 
 
 def process() -> tuple[int, int]:
-    """The rank of this process, and how many torchrun has started."""
+    """The rank of this process, and the number of processes."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -479,7 +505,8 @@ def process() -> tuple[int, int]:
 def as_line(cells: list) -> str:
     """A line of a CSV file; None is an empty cell."""
     cells = [f"{x:.6g}" if isinstance(x, float) else x for x in cells]
-    return ",".join("" if x is None else str(x) for x in cells) + "\n"
+    csv.writer(line := io.StringIO(), lineterminator="\n").writerow(cells)
+    return line.getvalue()
 
 
 class Run:
@@ -576,6 +603,19 @@ class Run:
         print(f"To compare arms: python compare.py {self.folder.parents[1]}")
 
 
+class FlopCounter(TorchDispatchMode):
+    """Adds up FLOPs as torch's FlopCounterMode, which keeps every graph alive."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        if count := flop_registry.get(operation.overloadpacket):
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
+
+
 def train(run: Run, phase: str, steps: int, model, backward, evaluate, args):
     """One phase: AdamW along what `backward` adds to p.grad. Returns the average.
 
@@ -619,11 +659,11 @@ def train(run: Run, phase: str, steps: int, model, backward, evaluate, args):
         warm = min(1, (step + 1) / max(1, args.warmup_steps))
         optimizer.param_groups[0]["lr"] = args.lr * warm
         optimizer.zero_grad()
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounter()
         # counted in a phase's first step: all of them do the same work
         with contextlib.nullcontext() if flops else counter:
             used = backward(model, step)
-        flops = flops or counter.get_total_flops()
+        flops = flops or counter.total
         sums = torch.tensor([*used, flops], dtype=torch.float64)
         if ranks > 1:
             dist.all_reduce(sums)
@@ -823,8 +863,9 @@ def parse_args() -> argparse.Namespace:
     learned = [name for name in args.pretext or [] if name in pretext.LEARNED]
     if min(args.inner_steps, args.support_batch_size) < 1 or args.inner_lr < 0:
         fail("--inner-steps and --support-batch-size: from 1 up; --inner-lr: from 0 up")
-    if learned and args.first_order:
-        fail(f"--first-order: {learned[0]} is learned through the second order alone")
+    if learned and (args.first_order or not args.inner_lr):
+        why = f"{learned[0]} learns through the second order of an inner loop alone"
+        fail(f"no --first-order or --inner-lr 0: {why}")
     if learned and args.pretext_weight:
         fail(f"--pretext-weight above 0 would make {learned[0]} trivial: give 0")
     if args.first_order and not args.pretext_weight:

@@ -72,6 +72,7 @@ class Data(NamedTuple):
     mirror: bool = True  # may images be mirrored?
     unlabelled: Split | None = None  # evaluation adapts to some of these ...
     aside: Tensor | None = None  # ... namely to those, bool [M]
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
 
 class Batch(NamedTuple):
@@ -165,7 +166,7 @@ def decode(path: str | Path, side: int) -> Tensor:
 
 
 def decode_all(paths: list[Path], side: int) -> Tensor:
-    """uint8 [M, 3, side, side]. ValueError: some can't be used."""
+    """uint8 [M, 3, side, side]. ValueError names the files that can't be used."""
     pool = ThreadPoolExecutor()
     jobs = [pool.submit(decode, path, side) for path in paths]
     try:
@@ -181,7 +182,8 @@ def decode_all(paths: list[Path], side: int) -> Tensor:
 
 def decode_once(paths: list[Path], side: int, data_dir: str) -> Tensor:
     """The same, from a copy until something that decides it changes."""
-    key = [side, PIL.__version__, *map(inspect.getsource, (decode, read, is_deep))]
+    code = map(inspect.getsource, (decode, read, is_deep, bare_png))
+    key = [side, PIL.__version__, *code]
     for path in paths:
         with suppress(OSError):  # decode tells what is wrong with it
             file = path.stat()
@@ -237,12 +239,11 @@ def find_splits(root: Path) -> tuple[Path, Path]:
     trains = [path for path in folders if path.name.lower() == "train"]
     tests = [path for name in names for path in folders if path.name.lower() == name]
     if not trains or not tests:
-        wanted = f"train and one of {', '.join(names)}, with a folder for each class"
-        raise ValueError(f"{root} needs the folders {wanted}")
+        raise ValueError(f"{root} needs the folders train and {' or '.join(names)}")
     train = trains[-1]
     classes = class_names(train)
     if len(classes) < 2:
-        raise ValueError(f"{train} has {len(classes)} classes: nothing to learn")
+        raise ValueError(f"{train} needs two classes or more, not {len(classes)}")
     for test in tests:
         if class_names(test) == classes:
             return train, test
@@ -254,6 +255,8 @@ def check_environments(root: Path, train: list[Path], test: list[Path]) -> None:
     for path in train + test:
         if len(path.relative_to(root).parts) != 4:
             raise ValueError(f"--environments: {path} is not in CLASS/ENVIRONMENT/")
+    if len({path.parent.name for path in train + test}) == 1:
+        raise ValueError(f"--environments: there is one only, {train[0].parent.name}")
     counts = Counter(folder.name for folder in {path.parent for path in train})
     single = sorted(name for name, classes in counts.items() if classes == 1)
     if 2 * len(single) >= len(counts):
@@ -263,18 +266,20 @@ def check_environments(root: Path, train: list[Path], test: list[Path]) -> None:
 
 
 def load_folder(root, train, test, environments: bool, side, data_dir) -> Data:
-    paths, cut = train + test, len(train)
+    paths, cut, notes = train + test, len(train), ()
     parts = [path.relative_to(root).parts for path in paths]  # SPLIT, CLASS, ..., FILE
-    say(f"{root}: {parts[0][0]} is learned, {parts[-1][0]} is scored")
+    if parts[-1][0] != "test":
+        notes += (f"{root / parts[-1][0]} is scored",)
     if not environments and max(map(len, parts)) > 3:
-        say("Folders below the classes mean nothing without --environments")
+        notes += ("Folders below the classes mean nothing without --environments",)
     kinds = [part[1] for part in parts]
     homes = [part[2] if environments else "all" for part in parts]
     classes, names = sorted({*kinds}), sorted({*homes[:cut]})
     names += sorted({*homes} - {*names})  # those of the test alone
     images = decode_once(paths, side, data_dir)
     both = Split(images, places(kinds, classes), places(homes, names))
-    return Data(both.take(slice(cut)), both.take(slice(cut, None)), classes, names)
+    train, test = both.take(slice(cut)), both.take(slice(cut, None))
+    return Data(train, test, classes, names, notes=notes)
 
 
 def places(values: list[str], names: list[str]) -> Tensor:
@@ -293,9 +298,9 @@ def load_torchvision(name: str, side: int, data_dir: str) -> Data:
             labels = torch.tensor(labels)
             splits.append(Split(images, labels, torch.zeros_like(labels)))
     except Exception as error:  # of the network, the disk, a reader of damaged files
-        ways = "remove what is damaged; drawn shapes and a folder need no network"
-        why = f"is not in {data_dir} and can't be downloaded ({error})"
-        raise ValueError(f"{name} {why}; {ways}") from error
+        why = f"{name} is not in {data_dir} and can't be downloaded ({error}); remove"
+        rest = "what is damaged; drawn shapes and a folder need no network"
+        raise ValueError(f"{why} {rest}") from error
     return Data(*splits, dataset.classes, ["all"])
 
 
@@ -358,7 +363,7 @@ def load(
     if rank == 0:
         dist.barrier()
     if not files and Path(name).is_dir():
-        say(f"{name} is the built-in dataset; your folder is ./{name}")
+        data = data._replace(notes=(f"It is built in; your folder is ./{name}",))
     mirror = not is_gray(data.train.images) if mirror is None else mirror
     train, test = data.train.to(device), data.test.to(device)
     return data._replace(train=train, test=test, mirror=mirror)
@@ -370,9 +375,10 @@ def desired_task(data: Data, per_class: int | None, eval_on: str, seed: int) -> 
     train, test = limit_labels(data, per_class, seed), data.test
     if eval_on == "val":
         train, test = hold_out(train)
+    data = data._replace(train=train, test=test)
     if len(data.environments) > 1:
-        train, test = without_single(train), without_single(test)
-    return set_aside(data._replace(train=train, test=test), seed)
+        data = without_single(data)
+    return set_aside(data, seed)
 
 
 def by_kind(split: Split, order: Tensor) -> dict:
@@ -409,17 +415,24 @@ def hold_out(train: Split) -> tuple[Split, Split]:
         held += kind[:cut]
         kept += kind[cut:]
     if not held:
-        why = "a fifth of each class is held out, but there is one image of each"
+        why = "to hold out a fifth of each class, one image of each is too few"
         raise ValueError(f"--eval-on val: {why}; raise --labels-per-class")
     return train.take(torch.tensor(kept)), train.take(torch.tensor(held))
 
 
-def without_single(split: Split) -> Split:
+def without_single(data: Data) -> Data:
     """Without environments of one image: nothing would be left to adapt to."""
-    alone = split.environments.bincount()[split.environments] == 1
-    if alone.any():
-        say(f"Left out: {int(alone.sum())} environments of one image")
-    return split.take(~alone)
+    splits, names = [], set()
+    for split in data.train, data.test:
+        alone = split.environments.bincount()[split.environments] == 1
+        if alone.all():
+            raise ValueError("of one image each, no environment has any to adapt to")
+        names |= {data.environments[i] for i in split.environments[alone].tolist()}
+        splits.append(split.take(~alone))
+    if names:
+        note = f"Left out, as they have one image: {', '.join(sorted(names)[:10])}"
+        data = data._replace(notes=(*data.notes, note))
+    return data._replace(train=splits[0], test=splits[1])
 
 
 def set_aside(data: Data, seed: int) -> Data:
@@ -441,7 +454,7 @@ def set_aside(data: Data, seed: int) -> Data:
 
 
 def describe(name: str, data: Data) -> str:
-    """One line that says what was read."""
+    """What was read: a line, and then what should be known of it."""
     train, test = data.train, data.test
     learned = f"{len(train.labels):,} images of {len(data.classes)} classes"
     scored = f"{len(test.labels):,} are scored"
@@ -450,7 +463,8 @@ def describe(name: str, data: Data) -> str:
         new = [data.environments[i] for i in sorted(tested - known)]
         learned += f" in {len(known)} environments"
         scored += f" in {len(tested)} (new: {', '.join(new[:10]) or 'none'})"
-    return f"{name}: {learned}; {scored}; {'' if data.mirror else 'not '}mirrored"
+    mirrored = "mirrored" if data.mirror else "not mirrored"
+    return "\n".join((f"{name}: {learned}; {scored}; {mirrored}", *data.notes))
 
 
 def checksum(*datasets: Data) -> str:
@@ -1035,12 +1049,12 @@ def draw_figure(images: Tensor, path: str) -> None:
 
     tasks = make_tasks(None, images, not is_gray(images), TASKS)
     generator, indices = Generator().manual_seed(0), torch.arange(len(images))
-    figure = Figure(figsize=(1.9 * len(images) + 2.3, 0.8 * len(tasks)))
-    figure.subplots_adjust(2.3 / figure.get_figwidth(), 0.01, 0.99, 0.99, 0.1, 0.1)
+    figure = Figure(figsize=(1.9 * len(images) + 2.5, 0.8 * len(tasks)))
+    figure.subplots_adjust(2.5 / figure.get_figwidth(), 0.01, 0.99, 0.99, 0.1, 0.1)
     axes = figure.subplots(len(tasks), len(images), squeeze=False)
     for (name, task), row in zip(tasks.items(), axes, strict=True):
         question = (task.__doc__ or "").partition("\n")[0].partition(" (")[0]
-        text = f"{name.replace('_', ' ')}\n{textwrap.fill(question, 30)}"
+        text = f"{name.replace('_', ' ')}\n{textwrap.fill(question, 32)}"
         row[0].text(-4, 16, text, ha="right", va="center")
         inputs, targets = task.make_batch(images / 255, indices, generator)
         shown = inputs.unflatten(0, (len(images), -1))  # [N, 1 or 2, 3, H', H']

@@ -16,6 +16,7 @@ optimizer, a fresh head and a fresh warm-up.
 
 import argparse
 import contextlib
+import csv
 import io
 import json
 import math
@@ -35,7 +36,8 @@ import torchvision
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import pretext
@@ -280,7 +282,7 @@ class Evaluation(NamedTuple):
 
 
 def process() -> tuple[int, int]:
-    """The rank of this process, and how many torchrun has started."""
+    """The rank of this process, and the number of processes."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -289,7 +291,8 @@ def process() -> tuple[int, int]:
 def as_line(cells: list) -> str:
     """A line of a CSV file; None is an empty cell."""
     cells = [f"{x:.6g}" if isinstance(x, float) else x for x in cells]
-    return ",".join("" if x is None else str(x) for x in cells) + "\n"
+    csv.writer(line := io.StringIO(), lineterminator="\n").writerow(cells)
+    return line.getvalue()
 
 
 class Run:
@@ -386,6 +389,19 @@ class Run:
         print(f"To compare arms: python compare.py {self.folder.parents[1]}")
 
 
+class FlopCounter(TorchDispatchMode):
+    """Adds up FLOPs as torch's FlopCounterMode, which keeps every graph alive."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        if count := flop_registry.get(operation.overloadpacket):
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
+
+
 def train(run: Run, phase: str, steps: int, model, backward, evaluate, args):
     """One phase: AdamW along what `backward` adds to p.grad. Returns the average.
 
@@ -429,11 +445,11 @@ def train(run: Run, phase: str, steps: int, model, backward, evaluate, args):
         warm = min(1, (step + 1) / max(1, args.warmup_steps))
         optimizer.param_groups[0]["lr"] = args.lr * warm
         optimizer.zero_grad()
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounter()
         # counted in a phase's first step: all of them do the same work
         with contextlib.nullcontext() if flops else counter:
             used = backward(model, step)
-        flops = flops or counter.get_total_flops()
+        flops = flops or counter.total
         sums = torch.tensor([*used, flops], dtype=torch.float64)
         if ranks > 1:
             dist.all_reduce(sums)

@@ -1,4 +1,4 @@
-"""Images, labels and environments: files, folders, label budgets, batches, support."""
+"""Images, labels, environments: files, folders, label budgets, batches, support."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ HOMES = """train/a/y/1.png train/a/x/2.png train/b/x/3.png train/b/y/4.png
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test works in a folder of its own, with few drawn images, without network."""
+    """Each test works in a folder of its own, with few drawn images and no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretext, "draw_shapes", lambda n, *rest: DRAW(n // 10, *rest))
     few_coloured = lambda n, *rest: COLOURED(n // 40, *rest)  # noqa: E731
@@ -92,14 +92,12 @@ def png(rows, bits, kind, *chunks):
 # --- files ---
 @pytest.mark.parametrize("name, mode, options", [
     ("9.png", "RGB", {}), ("9.png", "P", {}), ("9.png", "RGBA", {}), ("9.gif", "P", {}),
-    ("9.bmp", "RGB", {}), ("9.ppm", "RGB", {}), ("9.tif", "RGB", {}), ("9.png", "L", {}),
-    ("9.tiff", "CMYK", {}), ("9.webp", "RGB", {"lossless": True}), ("9.png", "1", {}),
+    ("9.png", "L", {}), ("9.png", "1", {}), ("9.bmp", "RGB", {}), ("9.ppm", "RGB", {}),
+    ("9.tif", "RGB", {}), ("9.tiff", "CMYK", {}), ("9.tif", "YCbCr", {}),
     ("größer als 猫.png", "RGB", {}), ("no ending", "RGB", {"format": "PNG"}),
-    ("is a.jpg", "RGB", {"format": "WEBP", "lossless": True}), ("9.tif", "YCbCr", {}),
+    ("is a.jpg", "RGB", {"format": "WEBP", "lossless": True}),
 ])  # fmt: skip
-def test_a_file_of_any_mode_has_the_pixels_of_its_picture(
-    tmp_path, name, mode, options
-):
+def test_a_file_of_any_mode_has_its_picture_s_pixels(tmp_path, name, mode, options):
     image = picture(9).quantize(16) if mode == "P" else picture(9).convert(mode)
     image.save(folder(tmp_path / "of any kind") / "train/b" / name, **options)
     found = load(tmp_path / "of any kind").train.images
@@ -123,7 +121,7 @@ def test_the_central_square_is_taken_upright(kind, orientation):
 
 OPAQUE = np.arange(32)[:, None].repeat(32, 1) < 16  # black above, nothing below
 BLACK = Image.fromarray(np.dstack([0 * OPAQUE] * 3 + [255 * OPAQUE]).astype(np.uint8))
-SEVENS = Image.fromarray(np.where(OPAQUE, 0, 7).astype(np.uint8))
+ONES = Image.fromarray(np.where(OPAQUE, 0, 1).astype(np.uint8))
 FLAT = Image.fromarray(np.where(OPAQUE, 0, 1).astype(np.uint8)).convert("P")
 FLAT.putpalette([0, 0, 0, 0, 0, 0])
 KEY = {"transparency": 1}
@@ -138,12 +136,11 @@ def few_grays(bits):
 @pytest.mark.parametrize("file", {
     "RGBA": saved(BLACK, "PNG"), "RGBA TIFF": saved(BLACK, "TIFF"),
     "WEBP": saved(BLACK, "WEBP", lossless=True, exact=True),
-    "LA": saved(BLACK.convert("LA"), "PNG"), "LA TIFF": saved(BLACK.convert("LA"), "TIFF"),
+    "LA": saved(BLACK.convert("LA"), "PNG"), "LA 2": saved(BLACK.convert("LA"), "TIFF"),
     "GIF": saved(BLACK, "GIF"), "GIF of one colour": saved(FLAT, "GIF", **KEY),
-    "one of a palette": saved(FLAT, "PNG", **KEY),
+    "of a palette": saved(FLAT, "PNG", **KEY), "one gray": saved(ONES, "PNG", **KEY),
     "palette": saved(FLAT, "PNG", transparency=b"\xff\0"),
-    "one gray": saved(SEVENS, "PNG", transparency=7),
-    "one colour": saved(Image.merge("RGB", [SEVENS] * 3), "PNG", transparency=(7, 7, 7)),
+    "one colour": saved(ONES.convert("RGB"), "PNG", transparency=(1, 1, 1)),
     "one bit": few_grays(1), "two bits": few_grays(2), "four bits": few_grays(4),
 }.items(), ids=lambda item: item[0])  # fmt: skip
 def test_what_is_transparent_is_mid_gray(tmp_path, file):
@@ -209,7 +206,7 @@ def test_what_looks_like_these_but_is_not_is_read(tmp_path, file):
 
 @pytest.mark.parametrize("odd", [
     WRONG, chunk(b"iCCP", b"x\0\1profile"), chunk(b"iCCP", b"x\0\0no profile"),
-    chunk(b"pHYs", bytes(9), damage=1), chunk(b"pHYs", b"\0"), chunk(b"tEXt", b"a\0b", 1),
+    chunk(b"pHYs", bytes(9), 1), chunk(b"pHYs", b"\0"), chunk(b"tEXt", b"a\0b", 1),
     chunk(b"eXIf", b"nonsense"), chunk(b"eXIf", b"nonsense", 1),
     chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3_000_000))),
 ], ids=lambda odd: f"{odd[4:8].decode()} of {len(odd)}")  # fmt: skip
@@ -220,7 +217,10 @@ def test_bad_metadata_are_not_bad_pixels(tmp_path, odd):
         assert torch.equal(pretext.decode("odd.png", 32), pixels(9)[0])
 
 
-def test_bad_metadata_of_a_jpeg_leave_its_pixels_and_its_orientation(tmp_path):
+def test_bad_metadata_of_others_leave_their_pixels_and_the_orientation(tmp_path):
+    garbage = {"exif": b"Exif\0\0nonsense", "lossless": True}
+    (tmp_path / "a.webp").write_bytes(saved(picture(9), "WEBP", **garbage))
+    assert torch.equal(pretext.decode("a.webp", 32), pixels(9)[0])
     sound = saved(picture(9), "JPEG")
     garbage = b"\xff\xe1\0\x10Exif\0\0nonsense"
     (tmp_path / "a.jpg").write_bytes(sound[:2] + garbage + sound[2:])
@@ -234,9 +234,7 @@ def test_bad_metadata_of_a_jpeg_leave_its_pixels_and_its_orientation(tmp_path):
     assert torch.equal(pretext.decode("b.jpg", 32), turned)
 
 
-def test_special_files_and_broken_links_are_refused_and_nothing_waits_for_them(
-    tmp_path,
-):
+def test_special_files_and_broken_links_are_refused_at_once(tmp_path):
     home = folder(tmp_path / "f") / "train/a"
     os.mkfifo(home / "pipe.jpg")
     listener = socket.socket(socket.AF_UNIX)
@@ -297,9 +295,7 @@ def test_files_are_decoded_side_by_side(tmp_path, monkeypatch):
 
 
 # --- the copy of what was decoded ---
-def test_files_are_decoded_once_until_one_changes_or_the_copy_is_damaged(
-    tmp_path, monkeypatch
-):
+def test_files_are_decoded_once_until_something_changes(tmp_path, monkeypatch):
     root, count = folder(tmp_path / "f", f"{PLAIN} train/b/5.bmp"), []
     decode, place = pretext.decode, root / "train/b/5.bmp"
     monkeypatch.setattr(pretext, "decode", lambda *a: count.append(a) or decode(*a))
@@ -362,7 +358,7 @@ def test_a_full_disk_costs_the_copy_alone(tmp_path, monkeypatch):
 
 # --- folders ---
 @pytest.mark.parametrize("name", [
-    ".DS_Store", "._1.png", "Thumbs.db", "thumbs.db", "ehthumbs_vista.db", "desktop.ini",
+    ".DS_Store", "._1.png", "Thumbs.db", "ehthumbs_vista.db", "desktop.ini", "Icon\r",
     ".ipynb_checkpoints/1.png", "@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "@Recycle/1.png",
     "__MACOSX/train/._1.png", "$RECYCLE.BIN/1.png", ".Trash-1000/files/1.png",
     "#recycle/1.png", "lost+found/1.png", "System Volume Information/1.png",
@@ -412,34 +408,29 @@ def test_images_come_in_the_order_of_torchvision_at_any_depth(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "Test", "VALIDATION"])
-@pytest.mark.parametrize(
-    "beside", ["", "test/0001.jpg", "test/test/1.jpg", "VAL/c/1.jpg"]
-)
-def test_a_labelled_set_stands_in_for_test_and_a_line_says_so(
-    tmp_path, name, beside, capsys
-):
+@pytest.mark.parametrize("beside", ["", "test/0001.jpg", "test/test/1.jpg", "VAL/c/1"])
+def test_a_labelled_set_stands_in_for_test_and_a_line_says_so(tmp_path, name, beside):
     root = folder(tmp_path / "f")
     (root / "test").rename(root / name)
     if beside:
         (root / beside).parent.mkdir(parents=True, exist_ok=True)
         (root / beside).write_bytes(b"unlabelled")
-    assert torch.equal(load(root).test.images, pixels(3, 4))
-    assert f"train is learned, {name} is scored" in capsys.readouterr().out
+    data = load(root)
+    assert torch.equal(data.test.images, pixels(3, 4))
+    assert pretext.describe("f", data).splitlines()[1:] == [f"{root / name} is scored"]
 
 
 @pytest.mark.parametrize("places, why", [
-    ("train/a/1.png train/b/2.png", "f needs the folders train and one of test, val, va"),
-    ("Testing/a/1.png Training/b/2.png", "needs the folders train and one of test"),
+    ("train/a/1.png train/b/2.png", "f needs the folders train and test or val or "),
+    ("Testing/a/1.png Training/b/2.png", "needs the folders train and test or val or "),
     ("test/a/1.png test/b/2.png", "needs the folders train and"),
-    ("train/a/1.png train/b/2.png test/1.png", "train and .*test differ in the classes a,"),
+    ("train/a/1.png train/b/2.png test/1.png", "and .*test differ in the classes a, b"),
     (f"{PLAIN} test/c/5.png", "train and .*test differ in the classes c"),
-    ("train/a/1.png test/a/2.png", "train has 1 classes: nothing to learn"),
-    ("train/1.png test/2.png", "train has 0 classes: nothing to learn"),
+    ("train/a/1.png test/a/2.png", "train needs two classes or more, not 1"),
+    ("train/1.png test/2.png", "train needs two classes or more, not 0"),
     (f"{PLAIN} train/c/.1.png test/c/5.png", "train/c holds no image"),
 ])  # fmt: skip
-def test_folders_that_are_no_dataset_are_refused_before_anything_is_decoded(
-    tmp_path, places, why
-):
+def test_folders_that_are_no_dataset_are_refused_at_once(tmp_path, places, why):
     root = folder(tmp_path / "f", places.replace(".1.png", "1.png"))
     (root / "train/c/1.png").unlink(missing_ok=True)
     for call in pretext.check, load:
@@ -447,18 +438,14 @@ def test_folders_that_are_no_dataset_are_refused_before_anything_is_decoded(
             call(str(root))
 
 
-def test_a_path_is_what_it_means_and_a_built_in_name_comes_first(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_path_is_what_it_means_and_a_built_in_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder(tmp_path / "shapes")
-    for name in "./shapes", "shapes/", "~/shapes", str(tmp_path / "shapes"), "../" * 9:
-        place = name + str(tmp_path / "shapes") if name[:4] == "../." else name
-        assert torch.equal(load(place).train.images, pixels(1, 2))
-    capsys.readouterr()
-    assert len(load("shapes").classes) == 10
-    told = "shapes is the built-in dataset; your folder is ./shapes\n"
-    assert capsys.readouterr().out == told
+    for name in "./shapes", "shapes/", "~/shapes", str(tmp_path / "shapes/../shapes"):
+        assert torch.equal(load(name).train.images, pixels(1, 2))
+    data, note = load("shapes"), "It is built in; your folder is ./shapes"
+    assert len(data.classes) == 10
+    assert pretext.describe("shapes", data).splitlines()[1:] == [note]
     for name, why in (
         (None, "--source"),
         ("Shapes", "Shapes is neither a folder nor one"),
@@ -467,16 +454,13 @@ def test_a_path_is_what_it_means_and_a_built_in_name_comes_first(
             pretext.check(name)
 
 
-def test_without_the_flag_folders_below_the_classes_mean_nothing_and_a_line_says_so(
-    tmp_path, capsys
-):
-    data = load(folder(tmp_path / "f", "train/a/images/1.png train/b/images/2.png "
-                "train/b/augmented/3.png test/a/4.png test/b/5.png"))  # fmt: skip
+def test_without_the_flag_folders_below_the_classes_mean_nothing(tmp_path):
+    places = "train/a/images/1.png train/b/images/2.png train/b/augmented/3.png"
+    data = load(folder(tmp_path / "f", f"{places} test/a/4.png test/b/5.png"))
     assert data.environments == ["all"] and not data.train.environments.any()
     assert torch.equal(data.test.images, pixels(4, 5))
-    assert "mean nothing without --environments" in capsys.readouterr().out
-    load(folder(tmp_path / "g"))
-    assert "environments" not in capsys.readouterr().out
+    assert "mean nothing without --environments" in pretext.describe("f", data)
+    assert load(folder(tmp_path / "g")).notes == ()
 
 
 def test_with_the_flag_they_are_environments_training_s_first(tmp_path):
@@ -497,6 +481,8 @@ def test_with_the_flag_they_are_environments_training_s_first(tmp_path):
     ("train/cat/siamese/1.png train/cat/persian/2.png train/dog/poodle/3.png "
      "test/cat/persian/4.png test/dog/poodle/5.png",
      r"3 of 3 \(persian, poodle, siamese\) have training images of one class only"),
+    ("train/a/all/1.png train/b/all/2.png test/a/all/3.png test/b/all/4.png",
+     "there is one only, all"),
 ])  # fmt: skip
 def test_what_cannot_be_environments_is_refused_by_name(tmp_path, places, why):
     root = folder(tmp_path / "f", places)
@@ -508,9 +494,7 @@ def test_what_cannot_be_environments_is_refused_by_name(tmp_path, places, why):
 
 
 # --- downloads ---
-def test_cifar_has_its_files_colours_and_a_damaged_file_is_refused(
-    tmp_path, monkeypatch
-):
+def test_cifar_has_its_colours_and_a_damaged_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     planes = np.random.default_rng(0).integers(256, size=(20, 3072)).astype(np.uint8)
     labels, names = [i % 10 for i in range(20)], [f"c{i}" for i in range(10)]
@@ -643,9 +627,7 @@ def test_the_checksum_changes_with_one_pixel_label_or_environment():
     "test", [[0] * 9 + [1] * 8 + [2] * 7, [1] * 9 + [2] * 8, [0] * 9]
 )
 @pytest.mark.parametrize("train", [[0, 1] * 9, [0] * 18])
-def test_evaluation_adapts_to_images_of_the_scored_environment_that_none_scores(
-    train, test
-):
+def test_evaluation_adapts_to_images_of_its_environment_unscored(train, test):
     data, home = numbered(train, test), [*train, *test]
     data = pretext.desired_task(data, None, "test", 0)
     aside = numbers(data.unlabelled.take(data.aside))
@@ -679,13 +661,13 @@ def test_a_line_says_what_was_read_and_which_environments_are_new():
     assert pretext.describe("f", plain) == expected
 
 
-def test_an_environment_of_one_image_is_left_out_and_a_line_says_so(capsys):
+def test_an_environment_of_one_image_is_left_out_and_a_line_names_it():
     data = pretext.desired_task(numbered([0, 1, 0, 1, 2], [3, 3, 4]), None, "test", 0)
-    assert data.train.environments.tolist() == [0, 1, 0, 1] or {
-        *data.train.environments.tolist()
-    } == {0, 1}
-    assert data.test.environments.tolist() == [3]  # the other one is adapted to
-    assert capsys.readouterr().out.count("1 environments of one image") == 2
+    assert {*data.train.environments.tolist()} == {0, 1}
+    assert data.test.environments.tolist() == [3]  # the other image is adapted to
+    assert data.notes == ("Left out, as they have one image: e2, e4",)
+    with pytest.raises(ValueError, match="of one image each, no environment has any"):
+        pretext.desired_task(numbered([0, 1] * 9, [3, 4]), None, "test", 0)
 
 
 # --- batches ---
@@ -708,9 +690,7 @@ def test_augmentation_shifts_and_mirrors_each_image_by_itself_into_black(flip):
 
 @pytest.mark.parametrize("size", [3, 5, 25])
 @pytest.mark.parametrize("environments", [[0] * 10, [0, 1, 1, 0, 1, 0, 1, 0, 0] * 4])
-def test_batches_are_equal_parts_of_shuffled_epochs_of_each_environment(
-    environments, size
-):
+def test_batches_are_equal_parts_of_epochs_of_each_environment(environments, size):
     data, taken = numbered(environments), []
     for step in range(40):
         batch = pretext.labelled_batch(data, step, size, 4, 0)
@@ -748,24 +728,17 @@ def test_with_few_environments_draws_are_those_before_there_were_many():
 
 
 def test_more_environments_than_a_step_takes_come_in_shuffled_epochs():
-    data, seen = numbered([i % 11 for i in range(220)]), []
-    for step in range(20):  # 5 epochs of 4 steps of 2 environments, and 3 are left over
+    data, seen, taken = numbered([i % 11 for i in range(220)]), [], []
+    for step in range(50):  # an epoch is 5 steps of 2 environments, and one is left out
         batch = pretext.labelled_batch(data, step, 9, 2, 0)
         homes, parts = batch.environments.unique(return_counts=True)
         assert sorted(parts.tolist()) == [4, 5]
         seen += homes.tolist()
-    epochs = [seen[i : i + 10] for i in range(0, 40, 10)]
+        taken += batch.indices[batch.environments == 3].tolist()[:4]
+    epochs = [seen[i : i + 10] for i in range(0, 100, 10)]
     assert all(len({*epoch}) == 10 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_environments_that_are_visited_in_turn_give_epochs_of_their_own():
-    data, taken = numbered([i % 6 for i in range(60)]), []
-    for step in range(30):
-        batch = pretext.labelled_batch(data, step, 4, 2, 0)
-        taken += batch.indices[batch.environments == 3].tolist()
-    members = [*range(3, 60, 6)]
-    assert sorted(taken[:10]) == members == sorted(taken[10:20])
+    assert len({tuple(epoch) for epoch in epochs}) == 10 and {*seen} == {*range(11)}
+    assert len({*taken}) > 14  # of the 20 images of one, in an order of its own
 
 
 def test_of_an_environment_that_is_smaller_than_its_share_half_is_left_to_adapt_to():
@@ -792,7 +765,7 @@ def test_a_step_draws_as_much_for_two_hundred_environments_as_for_four(monkeypat
     assert calls[1] == calls[0] + 1  # the order of the environments
 
 
-def test_two_hundred_uneven_environments_keep_every_rule(capsys):
+def test_two_hundred_uneven_environments_keep_every_rule():
     rng = np.random.default_rng(0)
     homes = np.repeat(np.arange(200), rng.integers(3, 61, 200))
     labels = rng.integers(0, 3, len(homes))
@@ -803,10 +776,8 @@ def test_two_hundred_uneven_environments_keep_every_rule(capsys):
     data = pretext.Data(whole, whole, ["a", "b", "c"], names, True)
     for budget, eval_on in (None, "test"), (20, "test"), (200, "val"), (None, "val"):
         found = pretext.desired_task(data, budget, eval_on, 0)
-        if budget and eval_on == "test":
-            assert found.train.labels.bincount().tolist() == [budget] * 3 or (
-                found.train.labels.bincount().sum() >= 3 * budget - 6
-            )  # a few may stand alone in their environment
+        if budget and eval_on == "test":  # a few may be alone in their environment
+            assert 3 * budget - 6 <= len(found.train.labels) <= 3 * budget
         sizes = found.train.environments.bincount(minlength=200)
         assert (sizes != 1).all() and len(found.test.labels)
         for step in range(3):
@@ -824,13 +795,11 @@ def test_arms_see_the_same_batches(monkeypatch, dataset):
     batch = pretext.labelled_batch
     monkeypatch.setattr(pretext, "labelled_batch", seen := Mock(wraps=batch))
     flags = f"--dataset {dataset} --width 4 --batch-size 8 --labels-per-class 10"
-    flags += " --eval-on val --pretext-images target"
     for arm in maml_ssl, pretrain_finetune, linear_probe:
-        own = "--steps 4 --pretrain-steps 2"
-        if arm is maml_ssl:
-            own = "--steps 2 --pretext rotation"
-        words = [arm.__name__, *flags.replace("target", "target").split(), *own.split()]
-        monkeypatch.setattr(sys, "argv", words)
+        own = "--steps 2 --pretext rotation" if arm is maml_ssl else "--steps 4"
+        own += "" if arm is maml_ssl else " --pretrain-steps 2"
+        words = f"{arm.__name__} {flags} --eval-on val {own}"
+        monkeypatch.setattr(sys, "argv", words.split())
         arm.main()
     calls = [call.args for call in seen.mock_calls]
     queries = [batch(*args) for args in calls if args[5:] in ((), ("query",))]
@@ -860,9 +829,7 @@ def test_support_is_drawn_out_of_the_candidates_alone_and_none_is_an_error():
         assert len({*indices.tolist()}) == len(indices) == min(count, 10)
         assert candidates[indices].all()
         assert torch.equal(images, split.images[indices] / 255)
-    with pytest.raises(
-        ValueError, match="no image is left to adapt to: .*--batch-size"
-    ):
+    with pytest.raises(ValueError, match="no image is left to adapt to"):
         pretext.draw_batches({"t": task}, split, candidates & False, 4, False, key)
 
 

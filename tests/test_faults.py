@@ -379,7 +379,8 @@ OWN[MAML] = """
 --inner-steps -1 : --inner-steps
 --inner-lr -1 : --inner-lr
 --support-batch-size 0 : --support-batch-size
---pretext learned_loss --first-order --pretext-weight 0 : --first-order : learned_loss
+--pretext learned_loss --first-order --pretext-weight 0 : learned_loss : second order
+--pretext learned_labels --inner-lr 0 --pretext-weight 0 : learned_labels : inner loop
 --pretext rotation learned_labels : --pretext-weight : learned_labels : 0
 --balance nash --inner per-task : --balance nash : --inner joint
 --balance nash --inner-lr 0 : --balance nash
@@ -445,7 +446,7 @@ def test_python_OO_without_docstrings_and_assertions_ends_the_same(
 ):
     def stripped(name, names):
         path = ROOT / f"{name}.py"
-        names["__file__"] = str(path)
+        names |= {"__file__": str(path), "__doc__": None}
         exec(compile(path.read_text(), path, "exec", optimize=2), names)
 
     data = types.ModuleType("pretext")
