@@ -250,14 +250,17 @@ def check_sizes(data: pretext.Data, groups: list[dict], args) -> None:
         raise ValueError(f"--batch-size {args.batch_size}: {what} need {needed}")
     if args.support == "query" or args.pretext_images == "both":
         return
-    images, name = int(counts.min()), data.environments[homes[counts.argmin()]]
-    share = math.ceil(args.batch_size / at_once)  # of a step, from an environment
-    taken = share if share < images else max(1, images // 2)  # as labelled_batch does
-    if taken == images:
-        raise ValueError(f"{name}: its only training image leaves none to adapt to")
+    images, several = int(counts.min()), len(data.environments) > 1
+    name = data.environments[homes[counts.argmin()]] if several else "the dataset"
+    taken = share = math.ceil(args.batch_size / at_once)  # of a step, from one
+    if several and images <= share:
+        taken = max(1, images // 2)  # as labelled_batch does
+    if taken >= images:
+        why = f"a step takes all {images} training images of {name}; take fewer"
+        raise ValueError(f"--batch-size {args.batch_size}: {why}, for the support")
     if images - taken < args.support_batch_size:
         left = f"a support batch has the {images - taken} that the query leaves"
-        pretext.say(f"{name} has {images} training images: {left}")
+        pretext.say(f"Of the {images} training images of {name} {left}")
 
 
 # --- an inner step in flat memory ---
@@ -316,8 +319,8 @@ def predict_adapted(model, tasks: dict, batches, images: Tensor, args) -> Adapte
         mine = {name: batches[name] for name in group}
         mean = partial(pretext_loss, model=model, tasks=group, batches=mine)
         loss = partial(mean, balance=args.balance)
-        lr, steps = args.inner_lr, args.inner_steps
-        adapted, _ = adapt(loss, weights, lr, steps, first_order=True)
+        lr, steps, flat = args.inner_lr, args.inner_steps, args.flat_memory
+        adapted, _ = adapt(loss, weights, lr, steps, first_order=True, flat=flat)
         with torch.no_grad():
             found.append([mean(weights).item(), mean(adapted).item()])
         total = total + predict(model, adapted, images)
@@ -687,11 +690,10 @@ def train(run: Run, phase: str, steps: int, model, backward, evaluate, args):
 
 
 # --- shared: arguments ---
-# Defaults that depend on the dataset; absent from the arguments that are given
+# Defaults that depend on the dataset. DEPENDS: such an argument is absent if not given
 USUAL = {"steps": 2000, "image_size": 32, "width": 16, "batch_size": 64}
-DEFAULTS = {"shapes": USUAL | {"steps": 300}, "coloured_shapes": {}}
-DEFAULTS["coloured_shapes"] |= {"steps": 600, "image_size": 16, "width": 8}
-DEFAULTS["coloured_shapes"] |= {"batch_size": 128}
+COLOURED = {"steps": 600, "image_size": 16, "width": 8, "batch_size": 128}
+DEFAULTS = {"shapes": USUAL | {"steps": 300}, "coloured_shapes": COLOURED}
 DEPENDS = {"default": argparse.SUPPRESS}
 
 
@@ -757,16 +759,14 @@ def common_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, own: dict | None = None):
+def parse(parser: argparse.ArgumentParser, one: dict, several: dict):
     """The arguments, and a name made of those that are not at their defaults.
 
-    own: defaults of the arm, which depend on the dataset too.
+    one, several: the arm's own defaults with one environment, and with several.
     """
     given = parser.parse_args()
-    defaults = DEFAULTS.get(given.dataset, USUAL)
-    if own:
-        several = given.environments or given.dataset == "coloured_shapes"
-        defaults = defaults | own[several]
+    apart = given.environments or given.dataset == "coloured_shapes"
+    defaults = DEFAULTS.get(given.dataset, USUAL) | (several if apart else one)
     args = argparse.Namespace(**defaults | vars(given))
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]
     for key, value in vars(args).items():
@@ -820,46 +820,32 @@ def start(main: Callable[[], None]) -> None:
 
 
 # --- the arm's own arguments ---
-OWN = [  # defaults with one environment, and with several
-    {"inner": "per-task", "inner_lr": 0.01, "pretext_weight": 0.3},
-    {"inner": "joint", "inner_lr": 3.0, "pretext_weight": 0.1},
-]
+ONE = {"inner": "per-task", "inner_lr": 0.01, "pretext_weight": 0.3}
+SEVERAL = {"inner": "joint", "inner_lr": 3.0, "pretext_weight": 0.1}
 
 
 def parse_args() -> argparse.Namespace:
     parser = common_arguments()
     parser.set_defaults(lr=2e-3)
-    parser.epilog = f"Defaults with one environment, and with several: {OWN}"
+    parser.epilog = f"Defaults with one environment: {ONE}, with several: {SEVERAL}"
     add = parser.add_argument_group("algorithm").add_argument
-    usual = f"of the inner loop; None: {' '.join(pretext.DEFAULT_TASKS)}"
+    usual = f"the inner loop's; None: {' '.join(pretext.DEFAULT_TASKS)}"
     add("--pretext", nargs="+", choices=pretext.TASKS, help=usual)
-    add(
-        "--inner-lr",
-        type=float,
-        help="alpha; 0: joint training, no inner loop",
-        **DEPENDS,
-    )
+    add("--inner-lr", type=float, help="alpha; 0: joint training", **DEPENDS)
     add("--inner-steps", type=int, default=1, help="K")
     add("--first-order", action="store_true", help="drop the second derivatives")
-    add(
-        "--flat-memory", action="store_true", help="memory does not grow with K; slower"
-    )
+    add("--flat-memory", action="store_true", help="the same memory for any K; slower")
     add("--pretext-weight", type=float, help="beta", **DEPENDS)
-    how, whose, what = ("per-task", "joint"), ("target", "both"), ("disjoint", "query")
-    add("--inner", choices=how, help="a loop for each task, or one for all", **DEPENDS)
-    balance = "how a joint loop weighs its tasks"
-    add("--balance", choices=("mean", "nash"), default="mean", help=balance)
-    add(
-        "--support", choices=what, default=what[0], help="query: its images, unlabelled"
-    )
+    choices, how = ("per-task", "joint"), "a loop for each task, or one for all"
+    add("--inner", choices=choices, help=how, **DEPENDS)
+    choices, how = ("mean", "nash"), "how a joint loop weighs its tasks"
+    add("--balance", choices=choices, default="mean", help=how)
+    choices, how = ("disjoint", "query"), "query: the query images, unlabelled"
+    add("--support", choices=choices, default="disjoint", help=how)
     add("--support-batch-size", type=int, default=32, help="images of each task")
-    add(
-        "--pretext-images",
-        choices=whose,
-        default=whose[0],
-        help="both: the source's too",
-    )
-    args = parse(parser, OWN)
+    choices, how = ("target", "both"), "both: those of --source too, unlabelled"
+    add("--pretext-images", choices=choices, default="target", help=how)
+    args = parse(parser, ONE, SEVERAL)
     learned = [name for name in args.pretext or [] if name in pretext.LEARNED]
     if min(args.inner_steps, args.support_batch_size) < 1 or args.inner_lr < 0:
         fail("--inner-steps and --support-batch-size: from 1 up; --inner-lr: from 0 up")

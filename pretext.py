@@ -327,7 +327,7 @@ def check(name: str | None, environments: bool = False) -> list[list[Path]]:
         if environments:
             raise ValueError(f"--environments is for a folder, not for {name}")
         return []
-    if not (root := Path(name).expanduser()).is_dir():
+    if not (root := Path(name)).is_dir():
         raise ValueError(f"{name} is neither a folder nor one of {', '.join(DATASETS)}")
     splits = [list_files(folder) for folder in find_splits(root)]
     if environments:
@@ -354,8 +354,7 @@ def load(
     if rank:
         dist.barrier()  # the first process downloads and decodes, the others find it
     if files:
-        root = Path(name).expanduser()
-        data = load_folder(root, *files, environments, side, data_dir)
+        data = load_folder(Path(name), *files, environments, side, data_dir)
     elif name in ("shapes", "coloured_shapes"):
         data = load_drawn(name, side, source)
     else:

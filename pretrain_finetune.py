@@ -473,11 +473,10 @@ def train(run: Run, phase: str, steps: int, model, backward, evaluate, args):
 
 
 # --- shared: arguments ---
-# Defaults that depend on the dataset; absent from the arguments that are given
+# Defaults that depend on the dataset. DEPENDS: such an argument is absent if not given
 USUAL = {"steps": 2000, "image_size": 32, "width": 16, "batch_size": 64}
-DEFAULTS = {"shapes": USUAL | {"steps": 300}, "coloured_shapes": {}}
-DEFAULTS["coloured_shapes"] |= {"steps": 600, "image_size": 16, "width": 8}
-DEFAULTS["coloured_shapes"] |= {"batch_size": 128}
+COLOURED = {"steps": 600, "image_size": 16, "width": 8, "batch_size": 128}
+DEFAULTS = {"shapes": USUAL | {"steps": 300}, "coloured_shapes": COLOURED}
 DEPENDS = {"default": argparse.SUPPRESS}
 
 
@@ -543,16 +542,14 @@ def common_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, own: dict | None = None):
+def parse(parser: argparse.ArgumentParser, one: dict, several: dict):
     """The arguments, and a name made of those that are not at their defaults.
 
-    own: defaults of the arm, which depend on the dataset too.
+    one, several: the arm's own defaults with one environment, and with several.
     """
     given = parser.parse_args()
-    defaults = DEFAULTS.get(given.dataset, USUAL)
-    if own:
-        several = given.environments or given.dataset == "coloured_shapes"
-        defaults = defaults | own[several]
+    apart = given.environments or given.dataset == "coloured_shapes"
+    defaults = DEFAULTS.get(given.dataset, USUAL) | (several if apart else one)
     args = argparse.Namespace(**defaults | vars(given))
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]
     for key, value in vars(args).items():
@@ -616,7 +613,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--pretext-images", choices=whose, default="target", help="what these tasks see"
     )
-    args = parse(parser)
+    args = parse(parser, {}, {})
     if args.pretrain_steps is None:
         args.pretrain_steps = math.ceil(args.steps / 4)
     if len(args.pretrain) > 1 and "supervised" in args.pretrain:

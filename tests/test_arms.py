@@ -164,9 +164,7 @@ def test_the_probe_leaves_the_encoder_as_pretraining_left_it(tmp_path, pretrain)
             assert same == (kept, kept), name
 
 
-def test_fine_tuning_starts_from_the_average_with_all_else_afresh(
-    tmp_path, monkeypatch
-):
+def test_fine_tuning_starts_from_the_average_all_else_afresh(tmp_path, monkeypatch):
     """Each step of it against AdamW and the running average, written by hand."""
     evaluated, module = [], pretrain_finetune
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import pickle
-import shutil
 import socket
 import struct
 import sys
@@ -217,6 +216,12 @@ def test_bad_metadata_are_not_bad_pixels(tmp_path, odd):
         assert torch.equal(pretext.decode("odd.png", 32), pixels(9)[0])
 
 
+def test_bad_metadata_of_a_transparent_png_leave_it_transparent(tmp_path):
+    glyph = few_grays(1)
+    (tmp_path / "odd.png").write_bytes(glyph[:33] + WRONG + glyph[33:])
+    assert pretext.decode("odd.png", 32)[:, 16:].unique().tolist() == [128]
+
+
 def test_bad_metadata_of_others_leave_their_pixels_and_the_orientation(tmp_path):
     garbage = {"exif": b"Exif\0\0nonsense", "lossless": True}
     (tmp_path / "a.webp").write_bytes(saved(picture(9), "WEBP", **garbage))
@@ -323,8 +328,7 @@ def test_files_are_decoded_once_until_something_changes(tmp_path, monkeypatch):
     assert decoded(1, 2, 7) == 5
     monkeypatch.setattr(PIL, "__version__", "99.0")
     assert decoded(1, 2, 7) == 5
-    shutil.copytree(root, tmp_path / "g")
-    root = tmp_path / "g"
+    root = root.rename(tmp_path / "g")
     assert decoded(1, 2, 7) == 5
 
 
@@ -390,7 +394,7 @@ def test_names_that_begin_with_a_sign_are_classes(tmp_path):
 
 
 def test_images_come_in_the_order_of_torchvision_at_any_depth(tmp_path):
-    names = "a/1 a/10 a/9 a/x/2 a/y/3 a/x/z/4 a-b/5 a-b/x/6 B/7 B/c/8"
+    names = "a/0/11 a/1 a/10 a/9 a/x/2 a/y/3 a/x/z/4 a-b/5 a-b/x/6 B/7 B/c/8"
     names = [
         f"{split}/{name}.png" for split in ("train", "test") for name in names.split()
     ]

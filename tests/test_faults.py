@@ -196,9 +196,7 @@ def half(arm, out, *more):
     assert checkpoint(out)["total_step"] == 2
 
 
-def test_a_finished_run_says_so_overwrite_starts_again_and_two_do_not_mix(
-    tmp_path, capsys
-):
+def test_a_finished_run_says_so_and_two_runs_do_not_mix(tmp_path, capsys):
     half(FINETUNE, tmp_path)
     assert_nothing_lost(tmp_path, FINETUNE)
     before = files(tmp_path)
@@ -324,9 +322,7 @@ KILLS += [(PROBE, signal.SIGINT, 1), (FINETUNE, signal.SIGKILL, 1)]
 
 
 @pytest.mark.parametrize(("arm", "number", "times"), KILLS)
-def test_after_ctrl_c_or_kill_9_of_a_real_process_it_goes_on(
-    arm, number, times, tmp_path
-):
+def test_after_ctrl_c_or_kill_9_a_process_goes_on(arm, number, times, tmp_path):
     log, reached = tmp_path / "x/seed0/metrics.csv", []
     steps = 200 if times > 1 else 40
     many = ("--steps", steps, "--eval-every", 1)
@@ -441,10 +437,8 @@ def test_what_a_run_needs_is_checked_before_its_first_evaluation():
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_python_OO_without_docstrings_and_assertions_ends_the_same(
-    arm, tmp_path, monkeypatch
-):
-    def stripped(name, names):
+def test_python_OO_ends_the_same(arm, tmp_path, monkeypatch):
+    def stripped(name, names):  # no docstrings, no assertions
         path = ROOT / f"{name}.py"
         names |= {"__file__": str(path), "__doc__": None}
         exec(compile(path.read_text(), path, "exec", optimize=2), names)
@@ -458,9 +452,7 @@ def test_python_OO_without_docstrings_and_assertions_ends_the_same(
     assert rows(tmp_path) == rows(undisturbed(arm))
 
 
-def test_processes_that_torchrun_did_not_start_run_or_are_refused_in_one_line(
-    tmp_path, monkeypatch
-):
+def test_ranks_that_torchrun_did_not_give_do_no_harm(tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     bad = {"0 of abc": "WORLD_SIZE", "5 of 2": "WORLD_SIZE", "-1 of 2": "RANK"}
     bad |= {"0.5 of ": "RANK", "0 of 2": "MASTER_ADDR"}
@@ -484,9 +476,7 @@ WORDS = ["", "\n", "a b", *WORDS.split(), "9" * 30, "x" * 5000]
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_thousand_random_commands_are_accepted_or_refused_in_one_line(
-    arm, capsys, monkeypatch
-):
+def test_a_thousand_random_commands_run_or_end_in_one_line(arm, capsys, monkeypatch):
     choose, module = random.Random(arm), importlib.import_module(arm)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(module, "parse", lambda parser, *_: sys.exit(parser))

@@ -77,9 +77,7 @@ def start_several(root, ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(6, marks=pytest.mark.slow)])
-def test_several_processes_learn_and_write_what_one_does(
-    tmp_path, monkeypatch, capsys, ranks
-):
+def test_several_processes_write_what_one_does(tmp_path, monkeypatch, capsys, ranks):
     one, several = tmp_path / "one", tmp_path / "several"
     start_one(one, monkeypatch)
     said, repeated = capsys.readouterr().out, start_several(several, ranks)
