@@ -16,9 +16,10 @@ which K inner steps have led:
 theta: the encoder f. phi_t: the head of pretext task t. psi: the head of the desired
 task, which no inner step moves. alpha: --inner-lr. K: --inner-steps. beta:
 --pretext-weight. AdamW moves theta, all phi_t and psi along the exact gradient of the
-outer loss, which goes through the inner loop (second order). With --inner joint there
-is one inner loop, by the mean of all L_t. What is scored is a running average of the
-weights.
+outer loss, which goes through the inner loop (second order). With --inner joint, the
+default with several environments, each environment has one inner loop, by the mean of
+all L_t, or by their sum with Nash's weights, which count as constants. What is scored
+is a running average of the weights.
 """
 
 import argparse
@@ -90,7 +91,10 @@ def adapt(
 
 
 def pretext_loss(weights, model, tasks, batches, balance="mean") -> Tensor:
-    """L: the mean of L_t over the tasks. batches: {task: (inputs, targets)}."""
+    """L: the mean of L_t, or the sum with Nash's weights.
+
+    batches: {task: (inputs, targets)}.
+    """
     inputs = {name: batch[0] for name, batch in batches.items()}
     outputs = functional_call(model, weights, (inputs,))  # of each task's head, by name
     losses = []
@@ -140,7 +144,7 @@ def main() -> None:
         loops = share_out(groups, query.environments)
         rank, ranks = process()
         total, seen, labelled = 0.0, 0, 0
-        for loop in loops[rank::ranks]:  # one graph is alive at a time
+        for loop in loops[rank::ranks]:  # this process's; one graph at a time
             batches = support_batches(data, pool, query, loop, step, args)
             x, y = query.images[loop.share], query.labels[loop.share]
             ce, loss_0 = outer_loss(
@@ -156,7 +160,7 @@ def main() -> None:
         return Used(total, seen, labelled)
 
     def evaluate(model: nn.Module) -> Evaluation:
-        """Scores the test images with the weights as they are, and adapted."""
+        """Scores the test images before and after adapting; model: the average."""
         labels, losses = data.test.labels, []
         plain = predict(model, {}, data.test.images)
         adapted = torch.zeros_like(plain)
@@ -209,22 +213,23 @@ def support_batches(data, pool, query, loop: Loop, step: int, args) -> pretext.B
 
     With --support query they are the query images of this loop.
     """
-    # without a number for environment 0: data with one environment draws the same
+    # environment 0 has no number: it draws as a dataset's only environment does
     key = (args.seed, f"pretext{loop.environment or ''}", step)
     if args.support == "query":
         images, indices = query.images[loop.share], query.indices[loop.share]
         return pretext.make_batches(loop.tasks, images, indices, key)
     others = pool.environments == loop.environment
-    others = others.index_fill(0, query.indices, False)  # the training set comes first
+    # the training set comes first in the pool: so these are the query's places there
+    others = others.index_fill(0, query.indices, False)
     size = args.support_batch_size
     return pretext.draw_batches(loop.tasks, pool, others, size, data.mirror, key)
 
 
 def adaptations(data, tasks: dict, args) -> Iterator[tuple[Tensor, pretext.Batches]]:
-    """Places of test images, and what is adapted to before these are scored.
+    """Yields places of test images, and the batches to adapt to before scoring these.
 
-    That is, for each environment, images that are never scored. With --support query it
-    is each batch of test images itself, unlabelled.
+    For each environment they are made of images that are never scored, with --support
+    query for each batch of test images of these, unlabelled.
     """
     key, home = (args.seed, "evaluation", 0), data.test.environments
     for environment in home.unique():
@@ -256,7 +261,9 @@ def check_sizes(data: pretext.Data, groups: list[dict], args) -> None:
     if several and images <= share:
         taken = max(1, images // 2)  # as labelled_batch does
     if taken >= images:
-        why = f"a step takes all {images} training images of {name}; take fewer"
+        if several:
+            raise ValueError(f"{name} has one training image: none to adapt to")
+        why = f"a step takes all {images} training images; take fewer"
         raise ValueError(f"--batch-size {args.batch_size}: {why}, for the support")
     if images - taken < args.support_batch_size:
         left = f"a support batch has the {images - taken} that the query leaves"
@@ -270,7 +277,7 @@ def flat_step(
     """`inner_step`, which keeps w_k alone and computes the rest again when needed."""
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:  # checkpoint takes no dict
-        with torch.enable_grad():  # at first it comes without
+        with torch.enable_grad():  # checkpoint's first pass has no gradients
             named = dict(zip(weights, values, strict=True))
             after, value = inner_step(loss, named, lr, first_order)
         return *after.values(), value
@@ -281,10 +288,12 @@ def flat_step(
 
 # --- the weights of tasks ---
 def nash_weights(losses: Tensor, weights: Weights) -> Tensor:
-    """The a > 0 with G^T G a = 1 / a (Nash-MTL, 2202.01017, section 3.2), constants.
+    """The a > 0 with G^T G a = 1 / a (Nash-MTL, 2202.01017, section 3.1), constants.
 
     The columns of G are the gradients of the losses, [T]. a is where the convex
-    1/2 a^T G^T G a - sum log a is least: damped Newton. Without a gradient it is 0.
+    1/2 a^T G^T G a - sum log a is least: damped Newton. G a is sqrt(T) long, whatever
+    the scale of the losses. Without a gradient, a is 0. Deviations: the heads' weights
+    count too (there the shared ones), and G a is not clipped.
     """
     columns = []
     for loss in losses:

@@ -414,7 +414,7 @@ def hold_out(train: Split) -> tuple[Split, Split]:
         held += kind[:cut]
         kept += kind[cut:]
     if not held:
-        why = "to hold out a fifth of each class, one image of each is too few"
+        why = "with one image of each class (in each environment) none can be held out"
         raise ValueError(f"--eval-on val: {why}; raise --labels-per-class")
     return train.take(torch.tensor(kept)), train.take(torch.tensor(held))
 
@@ -895,9 +895,10 @@ class RandomLabels:
 class LearnedLabels:
     """Nothing: the outer loop decides. (MAXL, 1901.08933, sections 3.1, 3.2)
 
-    One part of the head makes soft labels, another answers. Both move in the inner
-    loop; what the labels become is learned through the second order. Deviations: no
-    hierarchy of classes, no entropy term, no network of their own for the labels.
+    One part of the head makes soft labels, another answers; what the labels become is
+    learned through the second order. Deviations: the labels move in the inner loop too,
+    have no network of their own and do not know the class, so there is no hierarchy; no
+    entropy term, no focal loss, no primary loss in the inner loop.
     """
 
     def __init__(self, images, mirror=True): ...
@@ -914,10 +915,11 @@ class LearnedLabels:
 
 
 class LearnedLoss:
-    """Nothing: the outer loop decides. (ARM-LL, 2007.02931, section 4)
+    """Nothing: the outer loop decides. (ARM-LL, 2007.02931)
 
-    The loss is the mean square of what a learned head says. Deviations: the head reads
-    features, where the paper's reads logits, and it moves in the inner loop too.
+    The loss is the mean square of what a learned head says. Deviations: in the authors'
+    code it is the norm over the batch, of what is said of logits, so the inner loop
+    moves the classifier too; and the learned part does not move in it.
     """
 
     def __init__(self, images, mirror=True): ...

@@ -704,7 +704,7 @@ WAY_BACK = r"""Orange: the gradient of the
 outer loss, back through all
 $K$ steps (second order).
 Along it AdamW moves $w_0$
-and $\psi$, the green boxes."""
+and $\psi$."""
 BOXES = [
     Box(0.08, 1.22, 0.95, 0.55, INSIDE, "support images\nno labels"),
     Box(1.37, 1.22, 1.35, 0.55, INSIDE, "pretext task $t$ makes\ninputs and targets"),

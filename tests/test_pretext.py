@@ -365,6 +365,9 @@ def test_labels_belong_to_dataset_indices_and_stay_when_images_are_appended(draw
     labels = few.make_batch(drawn[indices] / 255, indices, generator(1))[1]
     again = many.make_batch(drawn[indices] / 255, indices, generator(2))[1]
     assert torch.equal(labels, again) and labels[0] == labels[3]
+    for i, label in zip(indices, labels, strict=True):
+        alone = few.make_batch(drawn[i : i + 1] / 255, i.view(1), generator(3))
+        assert alone[1].tolist() == [label]
     assert many.labels.unique().tolist() == list(range(10))
 
 
