@@ -81,7 +81,7 @@ def labelled_backward(data, head: str, args, model: nn.Module, step: int) -> "Us
     """
     purpose, size, most = head, args.batch_size, args.meta_batch_size
     if head == "target":
-        purpose = "query"  # the batches of every arm
+        purpose = "query"  # draws the same as MAML
     batch = pretext.labelled_batch(data, step, size, most, args.seed, purpose)
     rank, ranks = process()
     images = batch.images.tensor_split(ranks)[rank]
