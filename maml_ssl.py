@@ -599,20 +599,22 @@ class Run:
         if process()[0] > 0:
             return
 
-        def words(accuracies: list[float | None]) -> str:
-            known = [f"{100 * x:.1f}%" for x in accuracies if x is not None]
-            return ", adapted ".join(known)
+        def words(accuracies: list[float | None], between: str) -> str:
+            return between.join(f"{100 * x:.1f}%" for x in accuracies if x is not None)
 
         found = {}
         for name, images, *accuracies in self.by_environment():
             found[name] = [x for x in accuracies if x is not None][-1]
-            print(f"{name}: {words(accuracies)} of {images} images")
+            print(f"{name}: {words(accuracies, ', adapted ')} of {images} images")
         if found:
             print(f"The worst is {min(found, key=found.get)}.")
-        print(f"In all: {words(self.last.accuracies())}.", end=" ")
+        between = ", after adapting to unlabelled images "
+        print(f"In all: {words(self.last.accuracies(), between)}.")
         if limit := pretext.LIMITS.get(self.config["dataset"]):
-            print(f"A rule for one image reaches {limit:.0%} at most.", end=" ")
-        print(f"To compare arms: python compare.py {self.folder.parents[1]}")
+            print(f"A rule that sees one image at a time reaches {limit:.0%} at most.")
+        print(
+            f"Next: the other scripts, then python compare.py {self.folder.parents[1]}"
+        )
 
 
 class FlopCounter(TorchDispatchMode):
