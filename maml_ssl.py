@@ -25,6 +25,7 @@ is a running average of the weights.
 import argparse
 import contextlib
 import csv
+import ctypes
 import io
 import json
 import math
@@ -136,6 +137,8 @@ def main() -> None:
     model = make_model(args, {"target": len(data.classes)}, tasks)
     inner = {"lr": args.inner_lr, "steps": args.inner_steps}
     inner |= {"first_order": args.first_order, "flat": args.flat_memory}
+    if args.flat_memory:
+        return_large_blocks()
 
     def backward(model: nn.Module, step: int) -> Used:
         """Adds the gradient of one step's outer loss to every p.grad."""
@@ -284,6 +287,13 @@ def flat_step(
 
     *values, value = checkpoint(step, *weights.values(), use_reentrant=True)
     return dict(zip(weights, values, strict=True)), value
+
+
+def return_large_blocks() -> None:
+    """Makes glibc give free blocks of 4 MiB and more back, which it would keep."""
+    m_mmap_threshold = -3  # as in malloc.h
+    with contextlib.suppress(Exception):  # another C library needs no such thing
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 4 * 2**20)
 
 
 # --- the weights of tasks ---

@@ -194,6 +194,11 @@ for task in ("rotation", "masked_autoencoding", "contrastive"):
     WHERE[task] = f"{SHAPES['colorization']} --steps 600 --pretext {task}"
 WHERE["per-task"] = f"{SHAPES['maml']} --steps 600 --inner per-task --inner-lr 1"
 
+# Pretext tasks that the outer loop learns; not tuned
+LEARNED = {}
+for task in pretext.LEARNED:
+    LEARNED[task] = f"maml_ssl.py --pretext {task} --pretext-weight 0 --inner-lr 1"
+    LEARNED[task] += " --lr .001 --dataset coloured_shapes --steps 1000"
 # The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too
 TINTED = {}
 for arm in ("scratch", "fine-tuned", "joint", "maml", "colorization"):
@@ -225,6 +230,7 @@ PROTOCOLS = {
     "tune-again": Protocol(TUNING[1:], {run: TUNE[run] for run in CLOSE}),
     "environments": Protocol(range(5), SHAPES),
     "where": Protocol(range(3), WHERE),
+    "learned": Protocol(range(3), LEARNED),
 }
 
 
