@@ -55,7 +55,6 @@ class Run:
     label: str
     dataset: str
     seed: int
-    pretraining: np.ndarray
     log: np.ndarray  # [evaluations], on the desired task
     finished: bool
     folder: Path
@@ -91,7 +90,7 @@ def read_file(path: Path) -> list[Run]:
         log = np.array(rows, FIELDS)
         before = np.isnan(log["accuracy"])
         done = log["total_step"][-1] >= told["steps"]
-        run = Run(label, dataset, seed, log[before], log[~before], done, path.parent)
+        run = Run(label, dataset, seed, log[~before], done, path.parent)
         runs.append(run)
     return [run for run in runs if len(run.log)]  # the others still pretrain
 

@@ -482,14 +482,8 @@ SCORES = ("accuracy", "accuracy_adapted", "pretext_loss", "pretext_loss_adapted"
 COLUMNS = ("phase", "step", *COUNTS, "train_loss", *SCORES)
 # These may change while a run stays the same: of its data, the checksum decides
 FREE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "steps"}
-FREE |= {
-    "environment_names",
-    "flat_memory",
-    "torch",
-    "torchvision",
-    "dataset",
-    "source",
-}
+FREE |= {"flat_memory", "torch", "torchvision"}
+FREE |= {"dataset", "source", "environment_names"}
 
 
 class Used(NamedTuple):
@@ -591,7 +585,8 @@ class Run:
             except OSError as error:  # such as a full disk
                 with contextlib.suppress(OSError):
                     new.unlink()
-                raise OSError(f"{self.folder}: {error.strerror}") from error
+                why = error.strerror or error
+                raise OSError(f"{self.folder}: {why}") from error
 
     def by_environment(self) -> list[list]:
         """[name, images, accuracy, adapted] of each; nothing if there is one."""
@@ -622,9 +617,8 @@ class Run:
         print(f"In all: {words(self.last.accuracies(), between)}.")
         if limit := pretext.LIMITS.get(self.config["dataset"]):
             print(f"A rule that sees one image at a time reaches {limit:.0%} at most.")
-        print(
-            f"Next: the other scripts, then python compare.py {self.folder.parents[1]}"
-        )
+        runs = self.folder.parents[1]
+        print(f"Next: the other scripts, then python compare.py {runs}")
 
 
 class FlopCounter(TorchDispatchMode):
@@ -689,11 +683,11 @@ def train(run: Run, phase: str, steps: int, model, backward, evaluate, args):
             used = backward(model, step)
         flops = flops or counter.total
         sums = torch.tensor([*used, flops], dtype=torch.float64)
+        for p in trained:  # not all are reached: by this process, or by the loss
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if ranks > 1:
-            dist.all_reduce(sums)
-            for p in trained:  # this process may not have reached every head
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
+            for tensor in (sums, *(p.grad for p in trained)):
+                dist.all_reduce(tensor)
         loss, *work = sums.tolist()
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()
         if not math.isfinite(loss + norm):

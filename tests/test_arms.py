@@ -292,6 +292,20 @@ def test_dropout_in_the_encoder_is_active_in_training_alone(arm, monkeypatch, tm
     assert all(modes) and len(modes) >= 3
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_encoder_may_have_parameters_that_no_loss_reaches(
+    arm, monkeypatch, tmp_path
+):
+    def make_encoder(*args, real=ARMS[arm].make_encoder):
+        encoder, channels = real(*args)
+        encoder.register_parameter("unused", nn.Parameter(torch.ones(2)))
+        return encoder, channels
+
+    monkeypatch.setattr(ARMS[arm], "make_encoder", make_encoder)
+    rows, *_ = run(arm, tmp_path, "--steps", 2)
+    assert 0 < float(rows[-1]["train_loss"] or 1) < 9
+
+
 # --- environments ---
 def test_many_environments_give_every_arm_the_same_batches(monkeypatch, tmp_path):
     """Seven, three a step, one without a class; labels for a part, tested on some."""
