@@ -304,15 +304,16 @@ def load_torchvision(name: str, side: int, data_dir: str) -> Data:
     return Data(*splits, dataset.classes, ["all"])
 
 
-def load_drawn(name: str, side: int, source: bool) -> Data:
-    """source: shapes of ten other classes."""
+def load_drawn(name: str, side: int, source: bool, seed: int) -> Data:
+    """Other images for each seed. source: shapes of ten other classes."""
+    train, test = 2 * seed, 2 * seed + 1
     if name == "coloured_shapes":
-        sets = [draw_coloured_shapes(5000, (0.8, 0.1), 0)]
-        sets += [draw_coloured_shapes(1256, (0.8, 0.1, 0.9), 1)]
+        sets = [draw_coloured_shapes(5000, (0.8, 0.1), train)]
+        sets += [draw_coloured_shapes(1256, (0.8, 0.1, 0.9), test)]
         classes, names = ["star", "ring"], ["80%", "10%", "90%"]
     else:
         kind = "source" if source else "target"
-        sets = [draw_shapes(2000, kind, 0), draw_shapes(1000, kind, 1)]
+        sets = [draw_shapes(2000, kind, train), draw_shapes(1000, kind, test)]
         sets = [(*drawn, torch.zeros_like(drawn[1])) for drawn in sets]
         classes, names = [text.split()[0] for text in SHAPES[kind]], ["all"]
     splits = [Split(resize(drawn[0], [side, side]), *drawn[1:]) for drawn in sets]
@@ -343,11 +344,13 @@ def load(
     source: bool = False,
     environments: bool = False,
     mirror: bool | None = None,
+    seed: int = 0,
 ) -> Data:
     """A whole dataset, by its name or folder. ValueError: it can't be had.
 
     source: to pretrain on; of shapes the other classes. environments: the folders below
     the classes are. mirror: None is yes, but for gray images: digits have two sides.
+    seed: of drawn images.
     """
     files = check(name, environments)
     rank = dist.get_rank() if dist.is_initialized() else None
@@ -356,7 +359,7 @@ def load(
     if files:
         data = load_folder(Path(name), *files, environments, side, data_dir)
     elif name in ("shapes", "coloured_shapes"):
-        data = load_drawn(name, side, source)
+        data = load_drawn(name, side, source, seed)
     else:
         data = load_torchvision(name, side, data_dir)
     if rank == 0:

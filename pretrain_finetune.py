@@ -570,7 +570,7 @@ def load_data(args: argparse.Namespace, source: bool = False) -> pretext.Data:
     if source:
         name, apart = args.source, False
     where = (args.data_dir, args.image_size, args.device)
-    data = pretext.load(name, *where, source, apart, args.mirror)
+    data = pretext.load(name, *where, source, apart, args.mirror, args.seed)
     if not source:
         budget = args.labels_per_class
         data = pretext.desired_task(data, budget, args.eval_on, args.seed)

@@ -199,6 +199,31 @@ LEARNED = {}
 for task in pretext.LEARNED:
     LEARNED[task] = f"maml_ssl.py --pretext {task} --pretext-weight 0 --inner-lr 1"
     LEARNED[task] += " --lr .001 --dataset coloured_shapes --steps 1000"
+
+# --- what is run: who reads a support set, and how? ---
+# On coloured_shapes, whose images are drawn anew for each seed. Eight settings for each
+# reader (seed 100, validation images of the training environments, after the last
+# step; of equal ones the first); with the other sizes of the support the same one.
+HORIZON = "--dataset coloured_shapes --steps 1000"
+LEARNED_SETTINGS = [
+    f"--lr {lr} --inner-lr {inner_lr} --pretext-weight 0"
+    for lr, inner_lr in product((".001", ".002"), (".3", "1", "3", "10"))
+]
+READER_SETTINGS = [f"--lr {lr}" for lr in RATES]
+READER_TRIALS = {
+    "context": Trials("results/readers.py --reader context", READER_SETTINGS, 0),
+    "inferred": Trials("results/readers.py --reader inferred", READER_SETTINGS, 0),
+    "learned-labels": Trials(
+        "maml_ssl.py --pretext learned_labels", LEARNED_SETTINGS, 0
+    ),
+    "learned-loss": Trials("maml_ssl.py --pretext learned_loss", LEARNED_SETTINGS, 0),
+}
+TUNE_READERS = {}
+for arm, trials in READER_TRIALS.items():
+    for i, flags in enumerate(trials.settings):
+        trial = f"{flags} {HORIZON} {VALIDATION}"
+        TUNE_READERS[f"{arm}-{i}"] = f"{trials.command} {trial}"
+
 # The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too
 TINTED = {}
 for arm in ("scratch", "fine-tuned", "joint", "maml", "colorization"):
@@ -231,6 +256,7 @@ PROTOCOLS = {
     "environments": Protocol(range(5), SHAPES),
     "where": Protocol(range(3), WHERE),
     "learned": Protocol(range(3), LEARNED),
+    "tune-readers": Protocol(TUNING[:1], TUNE_READERS),
 }
 
 
@@ -574,7 +600,7 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
     todo = []
     for seed, run in product(seeds, only or commands):
         where = ["--seed", str(seed), "--out", f"{out}/{name}", "--name", run]
-        todo.append([*commands[run].split(), *where])
+        todo.append([*commands[run].format(seed=seed).split(), *where])
     with ThreadPoolExecutor(jobs) as pool:
         return sum(tqdm(pool.map(run_one, todo), total=len(todo), unit="run"))
 
