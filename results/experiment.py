@@ -44,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 import maml_ssl  # noqa: E402
 import pretext  # noqa: E402
+from results import readers  # noqa: E402
 
 # --- what is run: images of one distribution ---
 # CIFAR-10, with the arms' own defaults where nothing is given. Pretraining takes a
@@ -128,6 +129,10 @@ class Trials(NamedTuple):
     settings: list[str]
     best: int  # the place of what was chosen
 
+    @property
+    def chosen(self) -> str:
+        return f"{self.command} {self.settings[self.best]}"
+
 
 INNER_SETTINGS = [
     f"--lr {lr} --inner-lr {inner_lr} --pretext-weight {weight}"
@@ -164,7 +169,7 @@ TRIALS = {
 CLOSE = ("maml-0", "maml-1", "maml-2", "maml-6", "colorization-0", "colorization-3")
 CHOSEN, SHAPES, TUNE = {}, {}, {}  # SHAPES: what was chosen, on coloured_shapes
 for arm, trials in TRIALS.items():
-    CHOSEN[arm] = f"{trials.command} {trials.settings[trials.best]}"
+    CHOSEN[arm] = trials.chosen
     SHAPES[arm] = f"{CHOSEN[arm]} --dataset coloured_shapes --steps 1000"
     for i, flags in enumerate(trials.settings):
         trial = f"{flags} --dataset coloured_shapes {TRIAL}"
@@ -224,6 +229,58 @@ for arm, trials in READER_TRIALS.items():
         trial = f"{flags} {HORIZON} {VALIDATION}"
         TUNE_READERS[f"{arm}-{i}"] = f"{trials.command} {trial}"
 
+# What was chosen, at 1,000 steps. The number after a name: images of an environment
+# in all that a step's support has; of four tasks each has its own quarter of them.
+READING = {arm: trials.chosen for arm, trials in READER_TRIALS.items()}
+SUPPORT = "--support-batch-size"
+READERS = {
+    "maml-128": f"{SHAPES['maml']} {SUPPORT} 32",
+    "maml-32": f"{SHAPES['maml']} {SUPPORT} 8",
+    "context-128": f"{READING['context']} {HORIZON} {SUPPORT} 128",
+    "context-32": f"{READING['context']} {HORIZON} {SUPPORT} 32",
+    "inferred-128": f"{READING['inferred']} {HORIZON} {SUPPORT} 128",
+    "inferred-32": f"{READING['inferred']} {HORIZON} {SUPPORT} 32",
+    "colorization-128": f"{SHAPES['colorization']} {SUPPORT} 128",
+    "random-labels-128": f"{SHAPES['random-labels']} {SUPPORT} 128",
+    # not tuned: the settings of the run above that is most like it
+    "told": f"{READING['inferred']} --reader told {HORIZON}",
+    "batchnorm-128": f"{READING['context']} --reader batchnorm {HORIZON}",
+    "no-pretext-loss": f"{SHAPES['maml']} --pretext-weight 0",
+    "nash": f"{SHAPES['maml']} --balance nash",
+    "normalised": f"{SHAPES['maml']} --balance nash",
+    "first-order": SHAPES["first-order"],
+}
+READERS["normalised"] = READERS["normalised"].replace(
+    "maml_ssl.py", "results/controls.py"
+)
+for arm in ("learned-labels", "learned-loss"):
+    for size in (32, 128):
+        READERS[f"{arm}-{size}"] = f"{READING[arm]} {HORIZON} {SUPPORT} {size}"
+for size in (32, 128):
+    name, labels = f"detached-labels-{size}", READERS[f"learned-labels-{size}"]
+    labels = labels.replace("maml_ssl.py", "results/controls.py")
+    READERS[name] = labels.replace("learned_labels", "detached_labels")
+NOT_READING = {arm: SHAPES[arm] for arm in ("scratch", "joint", "fine-tuned", "probed")}
+# The arms of the four contrasts that were fixed beforehand have ten seeds, the others
+# five; none was used before
+PRIMARY = [
+    "maml-128",
+    "context-128",
+    "context-32",
+    "learned-labels-32",
+    "detached-labels-128",
+]
+MORE = {arm: command for arm, command in READERS.items() if arm not in PRIMARY}
+MORE |= NOT_READING
+# The baselines with the FLOPs of maml-128, and the step at which validation (seed 100)
+# is best
+DEAR = {
+    "scratch-long": f"{SHAPES['scratch']} --steps 8800",
+    "joint-long": f"{SHAPES['joint']} --steps 2400",
+    "fine-tuned-long": f"{SHAPES['fine-tuned']} --steps 8800 --pretrain-steps 3960",
+}
+DEAR_TRIALS = {arm: f"{command} {VALIDATION}" for arm, command in DEAR.items()}
+
 # The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too
 TINTED = {}
 for arm in ("scratch", "fine-tuned", "joint", "maml", "colorization"):
@@ -257,6 +314,12 @@ PROTOCOLS = {
     "where": Protocol(range(3), WHERE),
     "learned": Protocol(range(3), LEARNED),
     "tune-readers": Protocol(TUNING[:1], TUNE_READERS),
+    "readers": Protocol(range(10, 20), {arm: READERS[arm] for arm in PRIMARY}),
+    "readers-more": Protocol(range(10, 15), MORE),
+    "dear-tune": Protocol(
+        TUNING[:1], {k: f"{v} {VALIDATION}" for k, v in DEAR.items()}
+    ),
+    "dear": Protocol(range(10, 13), DEAR),
 }
 
 
@@ -314,7 +377,8 @@ QUESTIONS += [
     Question("better than fine-tuning", "maml", ["fine-tuned"], BOTH),
     Question("several tasks help", "maml", ["colorization"], END),
 ]
-SEVERAL = ("environments", "tinted")  # protocols with several environments
+# protocols with several environments
+SEVERAL = ("environments", "tinted", "readers", "readers-more", "dear")
 # Mean over the three environments (%). A rule for one image can reach CEILING at most:
 # a quarter of the labels is flipped, and colour agrees with only 60% of them. One that
 # knows the environment can reach KNOWING: there it follows the colour, which in 80, 10
@@ -482,47 +546,37 @@ def write_environments(folder: Path, draw, shares: tuple) -> None:
 
 
 # --- what is measured after training: adapted to what? ---
-class Finished(NamedTuple):
-    trained: maml_ssl.Trained
-    data: pretext.Data
+def seen(data: pretext.Data, environment: int, support: str, seed: int) -> readers.Seen:
+    """The images that a run may read before it classifies those of an environment.
 
-
-def load_run(folder: Path) -> Finished:
-    """A finished run of maml_ssl.py, and the data that it saw."""
-    trained = maml_ssl.load_trained(folder / "checkpoint.pt")
-    return Finished(trained, maml_ssl.load_data(trained.args))
-
-
-def batches_of(run: Finished, environment: int, support: str) -> pretext.Batches:
-    """What the tasks make of the images that an evaluation adapts to.
-
-    own: images of the environment. other: of the one that differs most. shuffled: own,
-    red and green exchanged in half of them, so that colour says nothing of shape.
+    own: what an evaluation takes. own-N: N of these. other: those of the environment
+    that differs most. shuffled: own, red and green exchanged in half of them, so that
+    colour says nothing of shape. constant: all gray.
     """
-    (_, tasks, args), data = run
-    split = data.unlabelled
+    split, home = data.unlabelled, environment
     if support == "other":  # colour agrees in 80, 10 and 90%
-        environment = (1, 2, 1)[environment]
+        home = (1, 2, 1)[environment]
+    images = split.images.clone()
     if support == "shuffled":
-        images = split.images.clone()
         images[::2] = images[::2, [1, 0, 2]]
-        split = split._replace(images=images)
-    chosen = data.aside & (split.environments == environment)
-    key, count = (args.seed, "evaluation", 0), pretext.ADAPT_TO
-    return pretext.draw_batches(tasks, split, chosen, count, data.mirror, key)
+    if support == "constant":
+        images[:] = 128
+    chosen = data.aside & (split.environments == home)
+    if support.startswith("own-"):
+        count = int(support.removeprefix("own-"))
+        chosen = torch.zeros_like(chosen).index_fill(
+            0, pretext.draw(chosen, count, pretext.rng(seed, support)), True
+        )
+    return readers.Seen(split._replace(images=images), chosen, environment)
 
 
-def by_environment(run: Finished, support: str, lr: float, steps: int) -> list[float]:
-    """The accuracy in each environment of the test set, adapted to `support`."""
-    (model, tasks, args), data = run
-    settings = {"inner_lr": lr, "inner_steps": steps}
-    args = argparse.Namespace(**vars(args) | settings)
+def by_environment(run: readers.Finished, data, support: str) -> list[float]:
+    """The accuracy in each environment of the test set, with this support."""
     accuracies = []
     for environment in data.test.environments.unique().tolist():
         scored = data.test.take(data.test.environments == environment)
-        batches = batches_of(run, environment, support)
-        found = maml_ssl.predict_adapted(model, tasks, batches, scored.images, args)
-        correct = found.probabilities.argmax(1) == scored.labels
+        what = seen(data, environment, support, run.args.seed)
+        correct = run.predict(what, scored.images).argmax(1) == scored.labels
         accuracies.append(correct.sum().item() / len(correct))
     return accuracies
 
@@ -541,33 +595,36 @@ class Rate(NamedTuple):
 @functools.cache
 def best_rate(tuned: Path) -> Rate:
     """At what joint training is adapted: what is best for its tuned run."""
-    trial = load_run(tuned)
+    data = maml_ssl.load_data(readers.load(tuned).args)
 
     def mean_accuracy(rate: Rate) -> float:
-        return np.mean(by_environment(trial, "own", *rate))
+        trial = readers.load(tuned, inner_lr=rate[0], inner_steps=rate[1])
+        return np.mean(by_environment(trial, data, "own"))
 
     rates = product((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (1, 3, 10))
     return Rate(*max(rates, key=mean_accuracy))
 
 
 SUPPORT_HEADER = "run,seed,support,inner_lr,inner_steps,80%,10%,90% (new)"
+FEWER = ("own-8", "own-32", "own-128")
+BREAKS = ("other", "shuffled", "constant")
 
 
 def measure_support(folder: Path, tuned: Path) -> list[str]:
     """The lines of one run in NAME_support.csv. tuned: the run for `best_rate`."""
     name, seed = folder.parts[-2], folder.name.removeprefix("seed")
     config = json.loads((folder / "config.json").read_bytes())
-    found = [("none", Rate(0, 0), not_adapted(folder))]
+    found = []
+    if "reader" not in config:
+        found.append(("none", Rate(0, 0), not_adapted(folder)))
     if config["arm"] == "maml_ssl":
-        run = load_run(folder)
-        rate = Rate(config["inner_lr"], config["inner_steps"])
-        if rate.lr == 0:
+        rate = Rate(config.get("inner_lr", 0), config.get("inner_steps", 0))
+        if config.get("inner_lr") == 0:
             rate = best_rate(tuned)
-        supports = ["own"]
-        if name.startswith("maml"):
-            supports += ["other", "shuffled"]
-        for support in supports:
-            found.append((support, rate, by_environment(run, support, *rate)))
+        run = readers.load(folder, inner_lr=rate.lr, inner_steps=rate.steps)
+        data = maml_ssl.load_data(run.args)
+        for support in ("own", *FEWER, *BREAKS):
+            found.append((support, rate, by_environment(run, data, support)))
     lines = []
     for support, (lr, steps), accuracies in found:
         cells = ",".join(f"{accuracy:.4f}" for accuracy in accuracies)

@@ -3,6 +3,7 @@
 import csv
 import shutil
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import compare
 import maml_ssl
 import pretext
 import pretrain_finetune
-from results import experiment
+from results import experiment, readers
 
 RESULTS = experiment.RESULTS
 
@@ -200,13 +201,15 @@ def test_what_is_measured_after_training_is_what_the_run_itself_measured(
     monkeypatch.setattr(experiment, "product", lambda *_: [(0.1, 1), (3.0, 2)])
     write_few(tmp_path / "f", pretext.draw_coloured_shapes, 100)
     runs = tmp_path / "runs"
-    maml, joint, scratch = (
-        runs / "environments" / name / "seed0" for name in ("maml", "joint", "scratch")
+    maml, joint, scratch, context = (
+        runs / "environments" / name / "seed0"
+        for name in ("maml", "joint", "scratch", "context")
     )
     few = "--support-batch-size 4 --pretext colorization rotation"
     train(maml_ssl, monkeypatch, tmp_path, maml, few)
     train(maml_ssl, monkeypatch, tmp_path, joint, f"{few} --inner-lr 0")
     train(pretrain_finetune, monkeypatch, tmp_path, scratch, "--pretrain-steps 0")
+    train(readers, monkeypatch, tmp_path, context, "--support-batch-size 4")
     shutil.copytree(joint, runs / "tune/joint-6/seed100")
     gather("environments", tmp_path)
 
@@ -214,22 +217,21 @@ def test_what_is_measured_after_training_is_what_the_run_itself_measured(
         rows = list(csv.reader(file))[1:]
     measured = {(row[0], row[2]): [float(cell) for cell in row[5:]] for row in rows}
     rates = {(row[0], row[2]): (float(row[3]), int(row[4])) for row in rows}
+    supports = ["own", *experiment.FEWER, *experiment.BREAKS]
     assert [*measured] == [
-        ("joint", "none"),
-        ("joint", "own"),
-        ("maml", "none"),
-        ("maml", "own"),
-        ("maml", "other"),
-        ("maml", "shuffled"),
+        *product(["context"], supports),
+        *product(["joint", "maml"], ["none", *supports]),
         ("scratch", "none"),
     ]
     assert rates["maml", "own"] == (3.0, 1) and rates["scratch", "none"] == (0, 0)
     assert rates["joint", "own"] in [(0.1, 1), (3.0, 2)]
-    for folder in maml, joint, scratch:
+    for folder in maml, joint, scratch, context:
         with (folder / "environments.csv").open() as file:
             own = {row["environment"]: row for row in csv.DictReader(file)}
         homes = [f"environment{i}" for i in range(3)]
         for support, column in ("none", "accuracy"), ("own", "accuracy_adapted"):
+            if folder == context:  # it reads whatever it is shown, without adapting
+                support = "own"
             found = measured.get((folder.parent.name, support))
             if own[homes[0]][column]:  # only MAML adapts at its own evaluation
                 told = [float(own[home][column]) for home in homes]
