@@ -44,7 +44,21 @@ sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 import maml_ssl  # noqa: E402
 import pretext  # noqa: E402
-from results import readers  # noqa: E402
+from results import readers, sites  # noqa: E402
+
+
+# --- what is run ---
+class Trials(NamedTuple):
+    """What an arm is tried with; the CSV files of trials hold all of it."""
+
+    command: str
+    settings: list[str]
+    best: int  # the place of what was chosen
+
+    @property
+    def chosen(self) -> str:
+        return f"{self.command} {self.settings[self.best]}"
+
 
 # --- what is run: images of one distribution ---
 # CIFAR-10, with the arms' own defaults where nothing is given. Pretraining takes a
@@ -53,6 +67,7 @@ from results import readers  # noqa: E402
 # All are reported.
 SHARES = (25, 50, 75)
 CIFAR = "--dataset data/cifar10 --source data/tiny-imagenet-32"
+RATES = ".0003 .0005 .001 .0015 .002 .003 .004 .006".split()
 FROM_SCRATCH = "pretrain_finetune.py --pretrain-steps 0"
 JOINT = "maml_ssl.py --inner-lr 0"
 
@@ -116,24 +131,59 @@ for arm, lr, weight in GRID:
     TUNE_PHOTOS[f"{arm}-{lr}-{weight}"] = f"{PHOTOS[arm]} {flags}"
 
 
+# --- what is run: few labels, so that pretraining pays ---
+# 25 labels per class, 16 x 16, an evaluation every 2% of a run, with 2,000 test images.
+# Chosen on 2,000 training images outside the label budget (cifar10-few-val, seed 100),
+# best accuracy after the last step; of equal ones the first. The gate, over the seeds
+# 100 to 102: fine-tuned at least 3 points above from scratch. MAML and joint training
+# are tried with a quarter of the steps: they have then long ended rising.
+FEW_STEPS = 4000
+FEW = f"--source data/tiny-imagenet-32 --image-size 16 --steps {FEW_STEPS}"
+FEW += (
+    f" --labels-per-class 25 --eval-every {FEW_STEPS // 50} --dataset data/cifar10-few"
+)
+FEW_PRETRAINING = [
+    f"--lr {lr} --pretrain-steps {share * FEW_STEPS // 8}"
+    for lr, share in product((".001", ".002"), (4, 6, 7))
+]
+FEW_PRETRAINING += [
+    "--lr .0005 --pretrain-steps 3000",
+    "--lr .004 --pretrain-steps 3000",
+]
+FEW_INNER = [
+    f"--lr {lr} --inner-lr {inner_lr} --pretext-weight {weight}"
+    for lr, inner_lr, weight in product((".001", ".002"), (".01", ".1"), (".03", ".3"))
+]
+FEW_JOINT = [
+    f"--lr {lr} --pretext-weight {weight}"
+    for lr, weight in product((".001", ".002"), (".03", ".1", ".3", "1"))
+]
+FEW_TRIALS = {
+    "fine-tuned": Trials("pretrain_finetune.py", FEW_PRETRAINING, 0),
+    "probed": Trials("linear_probe.py", FEW_PRETRAINING, 0),
+    "scratch": Trials(FROM_SCRATCH, [f"--lr {lr}" for lr in RATES], 0),
+    "maml": Trials("maml_ssl.py", FEW_INNER, 0),
+    "joint": Trials(JOINT, FEW_JOINT, 0),
+}
+TUNE_FEW, FEW_ARMS = {}, {}
+for arm, trials in FEW_TRIALS.items():
+    FEW_ARMS[arm] = f"{trials.chosen} {FEW}"
+    for i, flags in enumerate(trials.settings):
+        trial = f"{trials.command} {flags} {FEW}-val"
+        if arm in ("maml", "joint"):
+            trial += f" --steps {FEW_STEPS // 4}"
+        TUNE_FEW[f"{arm}-{i}"] = trial
+GATE = {arm: f"{FEW_ARMS[arm]}-val" for arm in ("fine-tuned", "scratch")}
+FEW_ARMS["maml-both"] = f"{FEW_ARMS['maml']} --pretext-images both"
+FEW_ARMS["learned-labels"] = f"{FEW_ARMS['maml']} --pretext learned_labels"
+FEW_ARMS["learned-labels"] += " --pretext-weight 0"
+
 # --- what is run: several environments ---
 # Eight settings for each arm. Chosen is, with seed 100, the best mean accuracy over
 # the training environments' validation images after the last step, adapted where the
 # arm adapts; of equal ones the first. Where adapting arms have trials within two
 # points of the best (CLOSE), the mean of three seeds decides. The new environment
 # has no say.
-class Trials(NamedTuple):
-    """What an arm is tried with; results/tune.csv holds all of it."""
-
-    command: str
-    settings: list[str]
-    best: int  # the place of what was chosen
-
-    @property
-    def chosen(self) -> str:
-        return f"{self.command} {self.settings[self.best]}"
-
-
 INNER_SETTINGS = [
     f"--lr {lr} --inner-lr {inner_lr} --pretext-weight {weight}"
     for lr, inner_lr, weight in product((".001", ".002"), (1, 3), (".1", ".3"))
@@ -142,7 +192,6 @@ JOINT_SETTINGS = [
     f"--lr {lr} --pretext-weight {weight}"
     for lr, weight in product((".0005", ".001", ".002", ".004"), (".1", ".3"))
 ]
-RATES = ".0003 .0005 .001 .0015 .002 .003 .004 .006".split()
 SCRATCH_SETTINGS = [f"--lr {lr}" for lr in RATES]
 PRETRAINING_SETTINGS = [
     "--lr .001 --pretrain-steps 150",
@@ -281,6 +330,61 @@ DEAR = {
 }
 DEAR_TRIALS = {arm: f"{command} {VALIDATION}" for arm, command in DEAR.items()}
 
+# --- what is run: sites, natural photographs with class frequencies of their own ---
+# CIFAR-10 at 16 x 16, 32 sites of 1,000 images, tested on these and on 8 new ones; the
+# lower the concentration, the more they differ. The sites are drawn with the seed.
+# Few trials an arm (seed 100, the training sites' validation images).
+SITES = "--environments --image-size 16 --width 16 --batch-size 128 --steps 1500"
+SITES_SOURCE = "--source data/tiny-imagenet-32"
+LEARNED_LABELS = "maml_ssl.py --pretext learned_labels --pretext-weight 0"
+SITES_TRIALS = {
+    "scratch": Trials(FROM_SCRATCH, ["--lr .001", "--lr .002", "--lr .004"], 0),
+    "context": Trials(
+        "results/readers.py --reader context",
+        ["--lr .001", "--lr .002", "--lr .0005"],
+        0,
+    ),
+    "learned-labels": Trials(
+        LEARNED_LABELS,
+        ["--lr .001 --inner-lr 1", "--lr .001 --inner-lr .3", "--lr .002 --inner-lr 1"],
+        0,
+    ),
+    "contrastive": Trials(
+        "maml_ssl.py --pretext contrastive --pretext-weight .1",
+        ["--lr .001 --inner-lr 1", "--lr .001 --inner-lr .1", "--lr .002 --inner-lr 3"],
+        0,
+    ),
+}
+SITES_BEST = {arm: f"{trials.chosen} {SITES}" for arm, trials in SITES_TRIALS.items()}
+SITES_ARMS = {
+    "scratch": SITES_BEST["scratch"],
+    "fine-tuned": f"pretrain_finetune.py --lr .001 --pretrain-steps 500 {SITES}",
+    "joint": f"{JOINT} --lr .001 --pretext-weight .1 {SITES}",
+    "context-32": f"{SITES_BEST['context']} {SUPPORT} 32",
+    "context-128": f"{SITES_BEST['context']} {SUPPORT} 128",
+    "inferred-128": f"{SITES_BEST['context']} --reader inferred {SUPPORT} 128",
+    "learned-labels-32": f"{SITES_BEST['learned-labels']} {SUPPORT} 32",
+    "learned-labels-128": f"{SITES_BEST['learned-labels']} {SUPPORT} 128",
+    "contrastive-32": f"{SITES_BEST['contrastive']} {SUPPORT} 32",
+    "colorization-32": f"{SITES_BEST['contrastive']} --pretext colorization",
+}
+SITES_ARMS["fine-tuned"] += f" {SITES_SOURCE}"
+DOSE = ("scratch", "context-32", "learned-labels-32")
+
+
+def at_sites(commands: dict[str, str], concentration: str) -> dict[str, str]:
+    """With the folder of each seed: run_protocol puts it in."""
+    folder = f"--dataset data/sites-{concentration}-{{seed}}"
+    return {arm: f"{command} {folder}" for arm, command in commands.items()}
+
+
+TUNE_SITES = {}
+for arm, trials in SITES_TRIALS.items():
+    for i, flags in enumerate(trials.settings):
+        TUNE_SITES[f"{arm}-{i}"] = f"{trials.command} {flags} {SITES} {VALIDATION}"
+# Temperatures are of these: each arm once more, on validation images
+CALIBRATED = {arm: f"{command} {VALIDATION}" for arm, command in SITES_ARMS.items()}
+
 # The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too
 TINTED = {}
 for arm in ("scratch", "fine-tuned", "joint", "maml", "colorization"):
@@ -313,9 +417,21 @@ PROTOCOLS = {
     "environments": Protocol(range(5), SHAPES),
     "where": Protocol(range(3), WHERE),
     "learned": Protocol(range(3), LEARNED),
+    "tune-few": Protocol(TUNING[:1], TUNE_FEW),
+    "gate": Protocol(TUNING, GATE),
+    "few": Protocol(range(5), FEW_ARMS),
     "tune-readers": Protocol(TUNING[:1], TUNE_READERS),
     "readers": Protocol(range(10, 20), {arm: READERS[arm] for arm in PRIMARY}),
     "readers-more": Protocol(range(10, 15), MORE),
+    "tune-sites": Protocol(TUNING[:1], at_sites(TUNE_SITES, "0.2")),
+    "calibrate-sites": Protocol(TUNING[:1], at_sites(CALIBRATED, "0.2")),
+    "sites-0.2": Protocol(range(10, 13), at_sites(SITES_ARMS, "0.2")),
+    "sites-1.0": Protocol(
+        range(10, 13), at_sites({arm: SITES_ARMS[arm] for arm in DOSE}, "1.0")
+    ),
+    "sites-inf": Protocol(
+        range(10, 13), at_sites({arm: SITES_ARMS[arm] for arm in DOSE}, "inf")
+    ),
     "dear-tune": Protocol(
         TUNING[:1], {k: f"{v} {VALIDATION}" for k, v in DEAR.items()}
     ),
@@ -545,6 +661,40 @@ def write_environments(folder: Path, draw, shares: tuple) -> None:
             Image.fromarray(pixels).save(place / f"{i}.png")
 
 
+# --- the folders of few labels ---
+def link(files: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file.name).symlink_to(file)
+
+
+def prepare_few() -> None:
+    """Links to CIFAR-10's files, with fewer test images, in two folders.
+
+    cifar10-few: 200 test images of each class. cifar10-few-val: 200 training images in
+    their place, and training without these.
+    """
+    photos = (ROOT / "data/cifar10").resolve()
+    test, val = ROOT / "data/cifar10-few", ROOT / "data/cifar10-few-val"
+    if test.exists() and val.exists():
+        return
+    for kind in pretext.class_names(photos / "train"):
+        train = pretext.shown(photos / "train" / kind)
+        link(train, test / "train" / kind)
+        link(pretext.shown(photos / "test" / kind)[::5], test / "test" / kind)
+        link(train[::25], val / "test" / kind)
+        kept = [file for i, file in enumerate(train) if i % 25]
+        link(kept, val / "train" / kind)
+
+
+def prepare_sites(concentration: str, seeds: range) -> None:
+    for seed in seeds:
+        folder = ROOT / f"data/sites-{concentration}-{seed}"
+        if not folder.exists():
+            photos = ROOT / "data/cifar10"
+            sites.write_sites(folder, photos, float(concentration), seed)
+
+
 # --- what is measured after training: adapted to what? ---
 def seen(data: pretext.Data, environment: int, support: str, seed: int) -> readers.Seen:
     """The images that a run may read before it classifies those of an environment.
@@ -632,6 +782,38 @@ def measure_support(folder: Path, tuned: Path) -> list[str]:
     return lines
 
 
+WAYS_HEADER = "run,seed,way,all,seen,new,error"
+
+
+def measure_sites(folder: Path, calibrated: Path) -> list[str]:
+    """The lines of one run in NAME_ways.csv: the accuracy of each way, over sites.
+
+    error: standard error of the mean over all sites, by bootstrap. calibrated: the run
+    of this arm that gives the temperature.
+    """
+    name, seed = folder.parts[-2], folder.name.removeprefix("seed")
+
+    def load(folder: Path):
+        run = readers.load(folder)
+        data = maml_ssl.load_data(run.args)
+
+        def predict(support, images):  # by an arm that takes a split and a mask
+            places = torch.zeros(len(support), dtype=torch.long)
+            split = pretext.Split(support, places, places)
+            return run.predict(readers.Seen(split, places == 0, -1), images)
+
+        return predict, data
+
+    T = sites.calibrate(*load(calibrated))
+    rows, lines = sites.measure(*load(folder), T), []
+    for way, accuracy in rows.accuracy.items():
+        found = sites.summary(accuracy, rows.new, np.random.default_rng(0))
+        values = [found[group].mean for group in ("all", "seen", "new")]
+        cells = ",".join(f"{x:.4f}" for x in (*values, found["all"].error))
+        lines.append(f"{name},{seed},{way},{cells}")
+    return lines
+
+
 # --- running ---
 def run_one(command: list[str]) -> bool:
     """Runs an arm with one thread; returns whether it failed, and says how."""
@@ -654,6 +836,11 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
         if name in ("where", "tinted") and not folder.exists():
             write_environments(folder, draw, shares)
     seeds, commands = PROTOCOLS[name]
+    if "few" in name or name == "gate":
+        prepare_few()
+    if "sites" in name:  # sites-CONCENTRATION; the others are of 0.2
+        _, is_one, concentration = name.partition("sites-")
+        prepare_sites(concentration if is_one else "0.2", seeds)
     todo = []
     for seed, run in product(seeds, only or commands):
         where = ["--seed", str(seed), "--out", f"{out}/{name}", "--name", run]
@@ -684,6 +871,7 @@ def gather(name: str, out: Path) -> None:
     """
     logs: Rows = {}
     supports: Rows = {}
+    by_way: Rows = {}
     tuned = out / "tune" / f"joint-{TRIALS['joint'].best}" / "seed100"
     for log in sorted((out / name).glob("*/seed*/metrics.csv")):
         folder = log.parent
@@ -695,9 +883,14 @@ def gather(name: str, out: Path) -> None:
         logs[run, seed] = [f"{run},{seed},{row}" for row in rows]
         if name in SEVERAL:
             supports[run, seed] = measure_support(folder, tuned)
+        if name.startswith("sites"):
+            calibrated = out / "calibrate-sites" / run / "seed100"
+            by_way[run, seed] = measure_sites(folder, calibrated)
     merge(RESULTS / f"{name}.csv", f"run,seed,{compare.HEADER}", logs)
     if name in SEVERAL:
         merge(RESULTS / f"{name}_support.csv", SUPPORT_HEADER, supports)
+    if by_way:
+        merge(RESULTS / f"{name}_ways.csv", WAYS_HEADER, by_way)
 
 
 # --- the figures, from the CSV files alone ---

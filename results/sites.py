@@ -13,7 +13,6 @@ S: sites. C: classes. M, N: images.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,18 +97,6 @@ def draw_counts(classes: int, concentration: float, generator: Generator) -> Cou
     return Counts(whole(seen, TRAIN_IMAGES), test)
 
 
-def link(file: Path, to: Path) -> None:
-    """A hard link, or a copy on another disk.
-
-    Each link changes the file's ctime: pretext.decode_once decodes once more what was
-    linked to before, the source too. So write all folders before the first is loaded.
-    """
-    try:
-        os.link(file, to)
-    except OSError:
-        shutil.copy(file, to)
-
-
 def shuffled(folder: Path, generator: Generator) -> list[list[Path]]:
     """The files of each class."""
     names = pretext.class_names(folder)
@@ -130,7 +117,7 @@ def deal(classes: list[list[Path]], counts: np.ndarray, folder: Path) -> None:
                 home.mkdir(parents=True)
             for _ in range(number):
                 file = next(rest)
-                link(file, home / file.name)
+                (home / file.name).symlink_to(file.resolve())
 
 
 def write_sites(folder: Path, source: Path, concentration: float, seed: int) -> None:

@@ -1,7 +1,6 @@
 """results/sites.py: sites with equal margins, label shift, what each way gets right."""
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -121,16 +120,6 @@ def test_the_loader_reads_the_sites_that_were_drawn(small):
     assert (scored.unlabelled.environments[scored.aside].bincount() == 10).all()
     with pytest.raises(FileExistsError, match="remove it"):
         sites.write_sites(folder, small / "source", 0.5, 0)
-
-
-def test_on_another_disk_images_are_copied(small, monkeypatch):
-    def refuse(*_):
-        raise OSError("another disk")
-
-    sites.write_sites(small / "linked", small / "source", 0.5, 0)
-    monkeypatch.setattr(os, "link", refuse)
-    sites.write_sites(small / "copied", small / "source", 0.5, 0)
-    assert sorted(contents(small / "linked")) == sorted(contents(small / "copied"))
 
 
 # --- label shift ---
