@@ -17,6 +17,7 @@ optimizer, a fresh head and a fresh warm-up.
 import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -50,6 +51,7 @@ def main() -> None:
     pretraining = make_pretraining(data, args)
     classes = {"target": len(data.classes)} | pretraining.classes
     model = make_model(args, classes, pretraining.tasks)
+    args.encoder_weights = load_encoder(model, args.encoder)
     run = Run(args, model, data, pretraining.sources, pretraining.tasks)
 
     def evaluate(model: nn.Module) -> Evaluation:
@@ -225,6 +227,33 @@ def make_model(args: argparse.Namespace, classes: dict[str, int], tasks: dict) -
     return Model(encoder, heads, args.amp).to(args.device)
 
 
+def load_encoder(model: Model, file: str | None) -> str | None:
+    """Gives the model the averaged encoder of any arm's checkpoint.pt, but no head.
+
+    Returns a digest of its weights: a run goes on only with what it began with. None:
+    no file is given. ValueError: it is no such file, or its encoder has other shapes.
+    """
+    if file is None:
+        return None
+    try:
+        state = torch.load(file, "cpu", weights_only=True)
+        backbone, width = (state["config"][name] for name in ("backbone", "width"))
+        averaged, encoder = state["averaged"], {}
+        for name, x in averaged.items():
+            if name.startswith("module.encoder."):
+                encoder[name.removeprefix("module.encoder.")] = x
+    except Exception as error:  # torch.load raises all kinds
+        what = "not a checkpoint.pt of these scripts"
+        raise ValueError(f"--encoder {file}: {what}") from error
+    try:
+        model.encoder.load_state_dict(encoder)
+    except RuntimeError as error:  # other names or shapes
+        has = f"--backbone {backbone} --width {width}"
+        raise ValueError(f"--encoder {file} has {has}, give the same") from error
+    weights = nn.utils.parameters_to_vector(encoder.values())
+    return hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:16]
+
+
 @torch.no_grad()
 def predict(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> Tensor:
     """uint8 [N, 3, H, H] -> class probabilities [N, classes], with weights by name.
@@ -244,10 +273,10 @@ def predict(model: nn.Module, weights: dict[str, Tensor], images: Tensor) -> Ten
 COUNTS = ("total_step", "images", "labels", "flops", "seconds")
 SCORES = ("accuracy", "accuracy_adapted", "pretext_loss", "pretext_loss_adapted")
 COLUMNS = ("phase", "step", *COUNTS, "train_loss", *SCORES)
-# These may change while a run stays the same: of its data, the checksum decides
+# These may change while a run stays the same: of data and encoder, digests decide
 FREE = {"seed", "out", "name", "device", "data_dir", "overwrite", "eval_every", "steps"}
 FREE |= {"flat_memory", "torch", "torchvision"}
-FREE |= {"dataset", "source", "environment_names"}
+FREE |= {"dataset", "source", "environment_names", "encoder"}
 
 
 class Used(NamedTuple):
@@ -526,6 +555,8 @@ def common_arguments() -> argparse.ArgumentParser:
         help="channels of conv's first block (usually 16)",
         **DEPENDS,
     )
+    what = "checkpoint.pt to start the encoder from; its run may be pretraining alone"
+    add("--encoder", type=path, metavar="FILE", help=what)
     add("--amp", action="store_true", help="bfloat16, where the hardware has it")
     found = torch.accelerator.current_accelerator(check_available=True)
     devices = [found.type, "cpu"] if found else ["cpu"]
@@ -550,8 +581,10 @@ def parse(parser: argparse.ArgumentParser, one: dict, several: dict):
     words = [Path(__file__).stem, Path(args.dataset).resolve().name]
     for key, value in vars(args).items():
         default = defaults.get(key, parser.get_default(key))
-        if value != default and key not in FREE - {"source", "steps"}:
+        if value != default and key not in FREE - {"source", "steps", "encoder"}:
             text = "+".join(value) if isinstance(value, list) else str(value)
+            if key == "encoder":  # OUT/NAME/seed<k>/checkpoint.pt
+                text = Path(text).resolve().parent.parent.name
             words.append(f"{key}={Path(text).name}")
     args.name = args.name or "-".join(words)[:120]
     args.eval_every = args.eval_every or max(1, args.steps // 10)
@@ -560,6 +593,8 @@ def parse(parser: argparse.ArgumentParser, one: dict, several: dict):
         fail("--steps, --width, --batch-size and --meta-batch-size: from 1 up")
     if args.image_size not in range(8, 4096, 8):
         fail(f"--image-size {args.image_size}: take a multiple of 8")
+    if args.encoder is not None and not Path(args.encoder).is_file():
+        fail(f"--encoder {args.encoder}: there is no such file")
     pretext.check(args.dataset, args.environments)
     return args
 

@@ -208,6 +208,33 @@ def test_fine_tuning_starts_from_the_average_all_else_afresh(tmp_path, monkeypat
             assert torch.equal(evaluated[t][name], averaged[name])  # what is evaluated
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_run_may_start_from_the_averaged_encoder_of_another(arm, tmp_path):
+    """To the bit; the heads are those that it has without."""
+    flags = "--steps 4 --pretrain-steps 2 --ema .6 --lr .1".split()
+    *_, weights, averaged = history("pretrain_finetune", tmp_path, *SHAPES, *flags)[-1]
+    file = tmp_path / "x/seed0/checkpoint.pt"
+    kinds = [[]] if arm == "maml_ssl" else [["--pretrain-steps", n] for n in (0, 1)]
+    for i, kind in enumerate(kinds):
+        flags = (*SHAPES, "--steps", 2, "--lr", 0, *kind)  # 0: no step moves anything
+        plain = history(arm, tmp_path / f"plain{i}", *flags)[0]
+        first = history(arm, tmp_path / f"first{i}", *flags, "--encoder", file)[0]
+        for name, fresh in plain[2].items():
+            inside = name.startswith("encoder.")
+            expected = averaged[name] if inside else fresh
+            assert torch.equal(first[2][name], expected), name  # what is trained
+            assert torch.equal(first[3][name], expected), name  # what is evaluated
+            assert not (inside and torch.equal(expected, weights[name])), name
+
+
+@pytest.mark.parametrize("arm", ["pretrain_finetune", "linear_probe"])
+def test_a_run_of_pretraining_alone_keeps_the_averaged_encoder(arm, tmp_path):
+    flags = "--steps 3 --pretrain-steps 3 --ema .6 --lr .1".split()
+    *_, pretrained, last = history(arm, tmp_path, *SHAPES, *flags)
+    assert [pretrained[:2], last[:2]] == [("pretrain", 3), ("target", 0)]
+    assert all(torch.equal(x, pretrained[3][name]) for name, x in last[3].items())
+
+
 def test_self_supervised_pretraining_is_the_mean_loss_of_its_tasks(tmp_path):
     names = ("rotation", "contrastive")
     flags = "--steps 2 --pretrain-steps 1 --pretext-images source --pretrain".split()
@@ -372,9 +399,13 @@ def test_each_environment_has_a_line_at_the_end_and_in_a_file(arm, capsys, tmp_p
 def test_default_names_keep_configurations_apart_and_hold_no_path(tmp_path):
     plain = {call("parse_args", arm).name for arm in ARMS}
     long = folder(f"a/{'b' * 200}")
+    for name in "one", "two":
+        (file := tmp_path / name / "seed0/checkpoint.pt").parent.mkdir(parents=True)
+        file.touch()
     flags = "--lr .1,--pretext rotation,--inner per-task,--labels-per-class 3,--amp,"
     flags += "--inner-steps 2,--pretext rotation contrastive,--first-order,--mirror,"
-    flags += f"--no-mirror,--balance nash,--dataset {tmp_path}/{long},--steps 7"
+    flags += f"--no-mirror,--balance nash,--dataset {tmp_path}/{long},--steps 7,"
+    flags += f"--encoder {file},--encoder one/seed0/checkpoint.pt"
     names = [call("parse_args", "maml_ssl", *f.split()).name for f in flags.split(",")]
     assert len({*names} | plain) == len(names) + 3
     every = flags.replace("--balance nash,", "").replace(",", " ").split()

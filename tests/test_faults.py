@@ -257,6 +257,38 @@ def test_steps_may_grow_but_not_those_of_pretraining(tmp_path):
     refused([" pretrain_steps 2, not 4"], FINETUNE, undisturbed(FINETUNE), *more)
 
 
+def test_a_run_from_an_encoder_goes_on_wherever_that_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = undisturbed(FINETUNE) / "x/seed0/checkpoint.pt"
+    Path("a.pt").write_bytes(before.read_bytes())
+    half(MAML, tmp_path, "--encoder", "a.pt")
+    Path("a.pt").rename("b.pt")
+    assert_nothing_lost(tmp_path, MAML, "--encoder", "~/b.pt")
+    other = undisturbed(PROBE) / "x/seed0/checkpoint.pt"
+    for flags in [], ["--encoder", other]:
+        refused(["holds a run with encoder_weights "], MAML, tmp_path, *flags)
+    Path("b.pt").unlink()
+    trained = importlib.import_module(MAML).load_trained("x/seed0/checkpoint.pt")
+    for name, x in trained.model.state_dict().items():
+        assert torch.equal(x, checkpoint(tmp_path)["averaged"][f"module.{name}"])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_encoder_that_does_not_fit_is_refused(arm):
+    file = undisturbed(MAML) / "x/seed0/checkpoint.pt"
+    said = [str(file), "has --backbone conv --width 4", "give the same"]
+    for flags in ["--width", 8], ["--backbone", "resnet18"]:
+        refused(said, arm, *SMALL, "--encoder", file, *flags, run=launch)
+    Path("text.pt").write_text("no file")
+    torch.save(checkpoint(undisturbed(MAML))["model"], "model.pt")
+    torch.save({**checkpoint(undisturbed(MAML)), "optimizer": Bomb()}, "bomb.pt")
+    before = {*Path().iterdir()}
+    for bad in "text.pt", "model.pt", "bomb.pt":
+        line = refused([bad, "checkpoint"], arm, *SMALL, "--encoder", bad, run=launch)
+        assert "weights_only" not in line
+    assert {*Path().iterdir()} == before
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_eval_every_changes_no_row_but_for_the_mean_in_train_loss(arm, tmp_path):
     assert start(arm, tmp_path, "--eval-every", 1) == (0, [])
@@ -364,6 +396,7 @@ ANY = """
 --meta-batch-size 0 : --meta-batch-size : 1 up
 --image-size 12 : --image-size : 8
 --environments : --environments : folder
+--encoder nowhere.pt : --encoder nowhere.pt : no such file
 --dataset shapes --labels-per-class 11 : --labels-per-class 11 : 10
 --dataset shapes --labels-per-class 1 --eval-on val : --labels-per-class : val
 """
