@@ -214,6 +214,8 @@ def parse_args() -> argparse.Namespace:
     add("--support-batch-size", type=int, default=128, help="of each environment")
     args = maml_ssl.parse(parser, {}, {})
     args.name = args.name.replace("maml_ssl", "reader")
+    if args.encoder:
+        maml_ssl.fail("--encoder is for the arms: a reader's has more channels")
     return args
 
 
