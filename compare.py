@@ -9,8 +9,8 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import cycler, rc_context
@@ -45,6 +45,7 @@ STYLE = {
 }
 # Student's t for 2 to 10 seeds; for more, a bit too wide
 T95 = (12.706205, 4.302653, 3.18245, 2.776445, 2.57058, 2.44691, 2.36462, 2.306, 2.2622)
+WAY = (0.6, 0.8, 0.95)  # where the targets are
 NOT_ADAPTED = {"ls": "--", "lw": 0.8, "marker": ""}
 
 
@@ -134,29 +135,18 @@ def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, t * np.std(values, axis=0, ddof=1) / np.sqrt(n)
 
 
-def first_for_good(x: np.ndarray, accuracy: np.ndarray, goal: float) -> float:
-    """Return the x from which accuracy is never below `goal` again; NaN: none."""
-    below = np.flatnonzero(accuracy < goal)
-    if not len(below):
-        return x[0]
-    pair = slice(below[-1], below[-1] + 2)  # linear between these two
-    return np.interp(goal, accuracy[pair], x[pair], right=np.nan)
+def first_time(x: np.ndarray, accuracy: np.ndarray, goal: float) -> float:
+    """Return the first x with `goal`, linear between evaluations; inf: never there."""
+    there = np.flatnonzero(accuracy >= goal)
+    if not len(there):
+        return np.inf
+    pair = slice(max(there[0] - 1, 0), there[0] + 1)
+    return np.interp(goal, accuracy[pair], x[pair])
 
 
-class Reached(NamedTuple):
-    """Where a run has for good what a baseline ended with; NaN if nowhere."""
-
-    steps: float
-    step_ratio: float  # to all of the baseline's
-    flop_ratio: float
-
-
-def reach(run: Run, base: Run) -> Reached:
-    """Return where `run` reaches the end of `base`, which has the same seed."""
-    log, end = run.log, base.log[-1]
-    steps = first_for_good(log["total_step"], log["accuracy"], end["accuracy"])
-    flops = np.interp(steps, log["total_step"], log["flops"])
-    return Reached(steps, steps / end["total_step"], flops / end["flops"])
+def times(runs: list[Run], x: str, y: str, percent: float) -> np.ndarray:
+    """Return where in column x each run's y is first at `percent`, [seeds]."""
+    return np.array([first_time(run.log[x], run.log[y], percent / 100) for run in runs])
 
 
 def cell(values: np.ndarray, form: str) -> str:
@@ -167,23 +157,55 @@ def cell(values: np.ndarray, form: str) -> str:
     return f"{mean:{form}}" + (f" ± {half:{form}}" if len(values) > 1 else "")
 
 
-def table(arms: Arms, baseline: str | None) -> str:
-    """Return a Markdown table; ratios are to the arm labelled `baseline`."""
-    bases = {run.seed: run for run in arms.get(baseline, [])}
-    head = "arm|seeds|final accuracy (%)|adapted (%)|"
-    head += "steps to the baseline's final accuracy|ratio of steps|ratio of FLOPs"
-    rows = [head.split("|"), ["---"] * 7]
+def ratio(mine: np.ndarray, others: np.ndarray) -> str:
+    """Return 'geometric mean (interval)' of mine / others; '' if one is inf or 0."""
+    both = np.array([mine, others])
+    if not both.size or not both.all() or not np.isfinite(both).all():
+        return ""
+    mean, half = mean_interval(np.log(both[0] / both[1]))
+    value, low, high = np.exp([mean, mean - half, mean + half])
+    return f"{value:.2f}" + (f" ({low:.2f} to {high:.2f})" if len(mine) > 1 else "")
+
+
+def choose_targets(arms: Arms, baseline: str | None) -> list[float]:
+    """Return accuracies (%) between the lowest first and the baseline's last one.
+
+    Without a baseline, the highest last one.
+    """
+    first, last = {}, {}
     for label, runs in arms.items():
-        row = [label, str(len(runs))]
-        for y in ("accuracy", "accuracy_adapted"):
-            row.append(cell([100 * run.log[y][-1] for run in runs], ".1f"))
-        found = [reach(run, bases[run.seed]) for run in runs if run.seed in bases]
-        steps = [one.steps for one in found]
-        there = f"{np.isfinite(steps).sum()} of {len(found)} seeds"
-        row.append(there if np.isnan(steps).any() else cell(steps, ".0f"))
-        row.append(cell([one.step_ratio for one in found], ".2f"))
-        row.append(cell([one.flop_ratio for one in found], ".2f"))
-        rows.append(row)
+        ends = [100 * run.log["accuracy"][[0, -1]] for run in runs]
+        first[label], last[label] = np.mean(ends, axis=0)
+    low, high = min(first.values()), last.get(baseline, max(last.values()))
+    return sorted({round(low + way * (high - low)) for way in WAY})
+
+
+def table(arms: Arms, baseline: str | None, targets: list[float]) -> str:
+    """Return a Markdown table: each arm's steps to each target (%).
+
+    Ratios: of times to the last target, to those of the arm labelled `baseline`.
+    """
+    bases = {run.seed: run for run in arms.get(baseline, [])}
+    head = ["arm", "seeds", "final accuracy (%)"]
+    head += [f"steps to {target:g}%" for target in targets]
+    for target in targets[-1:]:
+        head += [f"ratio of steps to {target:g}%", f"ratio of FLOPs to {target:g}%"]
+    rows = [head, ["---"] * len(head)]
+    for (label, runs), y in product(arms.items(), ("accuracy", "accuracy_adapted")):
+        final = cell([100 * run.log[y][-1] for run in runs], ".1f")
+        if not final:  # the arm does not adapt
+            continue
+        name = label if y == "accuracy" else f"{label}, adapted"
+        rows.append([name, str(len(runs)), final])
+        for target in targets:
+            steps = times(runs, "total_step", y, target)
+            there = f"{np.isfinite(steps).sum()} of {len(runs)} seeds"
+            rows[-1].append(cell(steps, ".0f") or there)
+        mine = [run for run in runs if run.seed in bases]
+        others = [bases[run.seed] for run in mine]
+        for target, x in product(targets[-1:], ("total_step", "flops")):
+            base = times(others, x, "accuracy", target)
+            rows[-1].append(ratio(times(mine, x, y, target), base))
     columns = [column for column in zip(*rows, strict=True) if any(column[2:])]
     widths = [max(map(len, column)) for column in columns]
     rows = [map(str.ljust, row, widths) for row in zip(*columns, strict=True)]
@@ -274,8 +296,9 @@ def report(dataset: str, arms: Arms, args: argparse.Namespace) -> None:
     baseline = args.baseline or (tuned[0] if len(tuned) == 1 else None)
     note = "none; --baseline ARM names one"
     if baseline:
-        note = f"{baseline}; steps are without adapting"
-    text = f"{dataset}, baseline: {note}\n\n{table(arms, baseline)}\n"
+        note = f"{baseline}; steps: the first time there, pretraining included"
+    targets = sorted(args.targets) or choose_targets(arms, baseline)
+    text = f"{dataset}, baseline: {note}\n\n{table(arms, baseline, targets)}\n"
     files = [args.out / f"{dataset}.{kind}" for kind in ("md", "png", "pdf")]
     files[0].write_text(text, encoding="utf-8")
     with rc_context(STYLE):
@@ -292,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="folders of runs, or CSV files")
     add("--baseline", metavar="ARM", help="default: the one fine-tuned arm")
+    add("--targets", nargs="+", type=float, default=[], help="accuracies, in percent")
     add("--x", choices=AXES, default="total_step", help="the figure's x")
     add("--out", type=Path, help="default: the first path")
     args = parser.parse_args(argv)

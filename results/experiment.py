@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 import maml_ssl  # noqa: E402
 import pretext  # noqa: E402
-from results import readers, sites  # noqa: E402
+from results import judge, readers, sites  # noqa: E402
 
 
 # --- what is run ---
@@ -450,9 +450,8 @@ PROTOCOLS = {
 class Question(NamedTuple):
     """Asked wherever two seeds of both arms were run.
 
-    counts: total_step, step, flops: where the arm has for good what the other ends
-    with, over all that the other used. end: points at the end, at equal steps. equal
-    FLOPs: points where the cheaper of the two ends.
+    counts: total_step, step, flops: times to fixed targets, the arm's over the
+    other's. end: points at the end, at equal steps.
     """
 
     text: str
@@ -462,7 +461,6 @@ class Question(NamedTuple):
 
 
 STEPS, FLOPS, END = ["total_step"], ["flops"], ["end"]
-BOTH = ["end", "equal FLOPs"]
 TUNED = ["fine-tuned", *FINE_TUNED]
 QUESTIONS = []
 for arm in PRETRAINED:
@@ -477,27 +475,27 @@ QUESTIONS += [
     Question("fewer steps with source images", "maml-both", FINE_TUNED, STEPS),
     Question("source images help", "maml-both", ["maml"], END),
     Question("better than fine-tuning", "maml", FINE_TUNED, END),
-    Question("better than nothing", "maml", ["scratch"], BOTH),
-    Question("better than nothing", "maml-alpha-1", ["scratch"], BOTH),
-    Question("better than nothing", "colorization", ["scratch"], BOTH),
+    Question("better than nothing", "maml", ["scratch"], END),
+    Question("better than nothing", "maml-alpha-1", ["scratch"], END),
+    Question("better than nothing", "colorization", ["scratch"], END),
     Question(
         "the inner loop helps",
         "maml",
         ["joint", "joint-tuned", "no-inner-loop"],
-        BOTH,
+        END,
     ),
     Question(
         "the inner loop helps, retuned",
         "joint-settings",
         ["joint", "joint-tuned", "scratch"],
-        BOTH,
+        END,
     ),
-    Question("the second order helps", "maml", ["first-order"], BOTH),
-    Question("the content of the tasks helps", "maml", ["random-labels"], BOTH),
+    Question("the second order helps", "maml", ["first-order"], END),
+    Question("the content of the tasks helps", "maml", ["random-labels"], END),
     Question(
-        "better than pretraining on the same tasks", "maml", ["self-supervised"], BOTH
+        "better than pretraining on the same tasks", "maml", ["self-supervised"], END
     ),
-    Question("better than fine-tuning", "maml", ["fine-tuned"], BOTH),
+    Question("better than fine-tuning", "maml", ["fine-tuned"], END),
     Question("several tasks help", "maml", ["colorization"], END),
 ]
 
@@ -583,52 +581,13 @@ def until(run: compare.Run, steps: float) -> compare.Run:
     return replace(run, log=run.log[run.log["total_step"] <= steps])
 
 
-class Measured(NamedTuple):
-    """What a question finds in one seed."""
-
-    value: float
-    censored: bool  # the arm never got there: the value is its whole budget
-
-
-def measure(run: compare.Run, other: compare.Run, count: str) -> Measured:
-    """Compares two runs of the same seed."""
-    if count in BOTH:
-        axis = "flops" if count == "equal FLOPs" else "total_step"
-        at = min(run.log[axis][-1], other.log[axis][-1])
-        mine = np.interp(at, run.log[axis], scores(run))
-        others = np.interp(at, other.log[axis], scores(other))
-        return Measured(100 * (mine - others), False)
-    spent, goal = run.log[count], scores(other)[-1]
-    reached = compare.first_for_good(spent, scores(run), goal)
-    censored = bool(np.isnan(reached))
-    if censored:
-        reached = spent[-1]
-    return Measured(reached / other.log[count][-1], censored)
-
-
-class Verdict(NamedTuple):
-    value: str  # mean ± half width
-    word: str  # supported, refuted or undecided
-
-
-def judge(values: list, censored: list, null: float, less: bool) -> Verdict:
-    """The verdict at 95% on values [seeds]. less: the claim is that they are small.
-
-    A censored seed counts with its whole budget: too good for the arm. So one of them
-    forbids "supported". If all are, that refutes from five seeds on; below them it
-    decides nothing, for of two arms that are the same one is below the other in all of
-    n seeds in a share of about 1 / 2^n.
-    """
-    mean, half = compare.mean_interval(values)
-    value = f"{mean:.2f} ± {half:.2f}"
-    if any(censored):
-        refuted = all(censored) and len(values) >= 5
-        return Verdict(value, "refuted" if refuted else "undecided")
-    if mean + half < null:
-        return Verdict(value, "supported" if less else "refuted")
-    if mean - half > null:
-        return Verdict(value, "refuted" if less else "supported")
-    return Verdict(value, "undecided")
+def first_times(runs: list[compare.Run], column: str, percent: float) -> np.ndarray:
+    """Where in `column` each run's accuracy of the claim is first there, [seeds]."""
+    found = []
+    for run in runs:
+        x, goal = run.log[column], percent / 100
+        found.append(compare.first_time(x, scores(run), goal))
+    return np.array(found)
 
 
 def as_table(head: str, rows: list[list]) -> str:
@@ -641,25 +600,41 @@ def as_table(head: str, rows: list[list]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(arms: compare.Arms) -> str:
-    """The table of all questions that the runs answer."""
-    rows = []
+def verdicts(arms: compare.Arms, targets: tuple) -> str:
+    """The tables of all questions that the runs answer: times, then points.
+
+    targets: accuracies (%); without them nothing is said of times.
+    """
+    times, points = [], []
     for text, arm, others, counts in QUESTIONS:
         for against, count in product(others, counts):
-            base = {run.seed: run for run in arms.get(against, [])}
-            runs = [run for run in arms.get(arm, []) if run.seed in base]
-            if len(runs) < 2:
+            bases = {run.seed: run for run in arms.get(against, [])}
+            mine = [run for run in arms.get(arm, []) if run.seed in bases]
+            base = [bases[run.seed] for run in mine]
+            if len(mine) < 2:
                 continue
-            found = [measure(run, base[run.seed], count) for run in runs]
-            values = [one.value for one in found]
-            censored = [one.censored for one in found]
-            points = count in BOTH
-            null = 0.0 if points else 1.0
-            value, word = judge(values, censored, null, less=not points)
-            missed = f"{sum(censored)} of {len(runs)}"
-            rows.append([text, arm, against, count, value, missed, word])
-    head = "question|arm|against|counted in|value|censored|verdict"
-    return as_table(head, rows)
+            row = [text, arm, against]
+            if count == "end":
+                last = [scores(run)[-1] for run in mine]
+                base_last = [scores(run)[-1] for run in base]
+                values = 100 * (np.array(last) - base_last)
+                as_good = "yes" if judge.equal(values) else ""
+                points.append([*row, *judge.points(values), as_good])
+            elif targets:
+                ends = zip(mine, base, strict=True)
+                ends = [min(a.log[count][-1], b.log[count][-1]) for a, b in ends]
+                row.append(count)
+                for target in targets:
+                    found = first_times(mine, count, target)
+                    base_found = first_times(base, count, target)
+                    verdict = judge.times(found, base_found, ends)
+                    row.append(" ".join(verdict).strip())
+                times.append(row)
+    head = "question|arm|against|times in|"
+    tables = [as_table(head + "|".join(f"to {g}%" for g in targets), times)]
+    head = "question|arm|against|points at the end|verdict|as good, within 2"
+    tables.append(as_table(head, points))
+    return "\n\n".join(table for table in tables if table)
 
 
 def lowered(arms: compare.Arms) -> str:
@@ -1109,7 +1084,7 @@ def support_tables(path: Path) -> str:
     maml, rows = found["maml", "own"], []
 
     def ask(question: str, values: list, null: float) -> None:
-        rows.append([question, *judge(values, [], null, less=False)])
+        rows.append([question, *judge.points(values, null)])
 
     ask(f"more than {CEILING}, mean", [x.mean() for x in maml.values()], CEILING)
     ask(f"more than {CEILING}, worst", [x.min() for x in maml.values()], CEILING)
@@ -1128,7 +1103,7 @@ def report() -> None:
     """Draws every figure; prints every table and verdict, and writes report.md."""
     logs = [path for path in RESULTS.glob("*.csv") if "support" not in path.stem]
     groups = compare.group(compare.read(logs))
-    parts = []
+    parts = [judge.HOW]
     for name in [name for name in PROTOCOLS if name in groups]:
         for horizon in HORIZONS.get(name, [np.inf]):
             title, arms = name, {}
@@ -1137,8 +1112,9 @@ def report() -> None:
             for arm, runs in groups[name].items():
                 arms[arm] = [until(run, horizon) for run in runs]
             baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
-            parts += [f"## {title}", compare.table(arms, baseline)]
-            parts += [verdicts(arms), lowered(arms)]
+            targets = judge.TARGETS.get(name, ())
+            parts += [f"## {title}", compare.table(arms, baseline, targets)]
+            parts += [verdicts(arms, targets), lowered(arms)]
         if (path := RESULTS / f"{name}_support.csv").exists():
             parts += [f"## {name}: adapted to what", support_tables(path)]
     text = "\n\n".join(part for part in parts if part) + "\n"

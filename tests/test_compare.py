@@ -15,8 +15,6 @@ from matplotlib.text import Text
 import compare
 
 FINAL = "final accuracy (%)"
-ADAPTED = "adapted (%)"
-STEPS = "steps to the baseline's final accuracy"
 
 
 def write(
@@ -74,7 +72,7 @@ def cells(text):
 
 
 def table_of(root, baseline=None):
-    return cells(compare.table(arms_of(root), baseline))
+    return cells(compare.table(arms_of(root), baseline, [40, 50]))
 
 
 def small_axes():
@@ -107,13 +105,17 @@ def assert_legible(ax):
 
 
 # --- statistics ---
+def density_within(t, df):
+    """How much of Student's distribution lies within -t to t."""
+    x = np.linspace(-t, t, 100_001)
+    factor = math.gamma((df + 1) / 2) / math.gamma(df / 2)
+    density = factor / math.sqrt(df * math.pi) * (1 + x**2 / df) ** (-(df + 1) / 2)
+    return np.sum(density[1:] + density[:-1]) / 2 * (x[1] - x[0])
+
+
 def test_the_t_values_hold_95_percent_of_student_s_distribution():
     for df, t in enumerate(compare.T95, start=1):
-        x = np.linspace(-t, t, 100_001)
-        factor = math.gamma((df + 1) / 2) / math.gamma(df / 2)
-        density = factor / math.sqrt(df * math.pi) * (1 + x**2 / df) ** (-(df + 1) / 2)
-        inside = np.sum(density[1:] + density[:-1]) / 2 * (x[1] - x[0])
-        assert inside == pytest.approx(0.95, abs=5e-6)
+        assert density_within(t, df) == pytest.approx(0.95, abs=5e-6)
 
 
 def test_the_interval_is_the_one_computed_by_hand():
@@ -128,54 +130,88 @@ def test_the_interval_of_more_than_ten_seeds_is_a_bit_too_wide():
     assert exact < compare.mean_interval(values)[1] < 1.1 * exact
 
 
-def test_first_for_good_is_the_last_crossing_or_never():
+def test_the_first_time_is_linear_between_evaluations_or_never():
     def found(*accuracy):  # at x = 0, 10, 20, ...
         x = 10 * np.arange(len(accuracy))
-        return compare.first_for_good(x, np.array(accuracy), 0.5)
+        return compare.first_time(x, np.array(accuracy), 0.5)
 
     assert found(0.1, 0.3, 0.6, 0.7) == pytest.approx(10 + 20 / 3)  # from 0.3 to 0.6
-    assert found(0.1, 0.6, 0.4, 0.9) == pytest.approx(22)  # the second time
+    assert found(0.1, 0.6, 0.4, 0.9) == pytest.approx(8)  # the first time
     assert found(0.1, 0.5) == 10  # equal is there
-    assert found(0.6, 0.5, 0.7) == 0  # never below
-    assert np.isnan(found(0.1, 0.6, 0.4))  # below at the end
-    assert np.isnan(found(0.4))
+    assert found(0.6, 0.4) == 0  # there at once
+    assert found(0.1, 0.4) == found(0.4) == np.inf
+
+
+def test_the_ratio_is_the_geometric_mean_with_its_interval():
+    # log ratios 0.9, 1 and 1.1: half width 4.30265 * 0.1 / sqrt(3) = 0.24842
+    times = 100 * np.exp([0.9, 1.0, 1.1])
+    base = np.full(3, 100.0)
+    assert compare.ratio(times, base) == "2.72 (2.12 to 3.48)"
+    assert compare.ratio([200], [100]) == "2.00"
+    assert compare.ratio(times, [100, 100, np.inf]) == ""
+    assert compare.ratio([0.0], [100]) == ""
+    assert compare.ratio([], []) == ""
 
 
 # --- table ---
-def test_the_table_has_the_crossing_computed_by_hand_and_no_empty_column(tmp_path):
-    curve = [0.1, 0.6, 0.4, 0.8, 0.9]  # at 0.5 for good after 20 + 10 / 4 steps
+def test_the_table_has_the_times_computed_by_hand_and_no_empty_column(tmp_path):
+    curve = [0.1, 0.6, 0.4, 0.8, 0.9]  # at 0.4 after 6 steps, at 0.5 after 8
     write(tmp_path, "maml", curve, flops=3000)
     row = {"arm": "maml", "seeds": "1", FINAL: "90.0"}
+    row |= {"steps to 40%": "6", "steps to 50%": "8"}
     assert table_of(tmp_path)["maml"] == row
     write(tmp_path, "tuned", [0.1, 0.3, 0.5], before=80)  # 100 steps in all
-    row |= {STEPS: "22", "ratio of steps": "0.23", "ratio of FLOPs": "0.68"}
+    row |= {"ratio of steps to 50%": "0.08", "ratio of FLOPs to 50%": "0.24"}
     assert table_of(tmp_path, "tuned")["maml"] == row
+    assert compare.table(arms_of(tmp_path), "tuned", []).count("steps") == 0
 
 
-def test_the_table_has_the_adapted_accuracy_beside_the_plain_one(tmp_path):
+def test_an_adapted_arm_has_a_row_of_its_own(tmp_path):
     for seed, adapted in enumerate([0.7, 0.9]):
         write(tmp_path, "maml", [0.1, 0.4], seed, adapted=[0.1, adapted])
     write(tmp_path, "scratch", [0.1, 0.5])
     table = table_of(tmp_path)
+    assert [*table] == ["maml", "maml, adapted", "scratch"]
+    assert table["maml"][FINAL] == "40.0 ± 0.0"
+    assert table["maml"]["steps to 50%"] == "0 of 2 seeds"
     # 70, 90: standard deviation 14.14, half width 12.706 * 14.14 / sqrt(2) = 127.1
-    expected = {"arm": "maml", "seeds": "2", FINAL: "40.0 ± 0.0"}
-    assert table["maml"] == expected | {ADAPTED: "80.0 ± 127.1"}
-    assert list(table["maml"]) == ["arm", "seeds", FINAL, ADAPTED]
-    assert table["scratch"][ADAPTED] == ""
+    assert table["maml, adapted"][FINAL] == "80.0 ± 127.1"
+    # 4 / 6 and 4 / 8 of 10 steps
+    assert table["maml, adapted"]["steps to 50%"] == "6 ± 11"
 
 
 def test_each_seed_is_paired_with_the_baseline_of_its_own_seed(tmp_path):
-    for seed, end in enumerate([0.3, 0.5, 0.7]):
-        write(tmp_path, "tuned", [0.1, 0.2, end], seed, before=80)
-        rising = [round(0.1 * k, 1) for k in range(10)]  # 0.3 at 30, 0.5 at 50, ...
-        write(tmp_path, "maml", rising, seed)
-        write(tmp_path, "lost", [0.1, 0.6], seed + 1)  # of seeds 1, 2 and 3
+    for seed, every in enumerate([10, 20, 40]):
+        write(tmp_path, "tuned", [0.1, 0.3, 0.5], seed, every=every)
+        write(tmp_path, "maml", [0.1, 0.5], seed, every=every)
+        write(tmp_path, "lost", [0.1, 0.4 + 0.1 * seed], seed + 1)  # of 1, 2 and 3
     table = table_of(tmp_path, "tuned")
-    # 30, 50, 70: standard deviation 20, half width 4.303 * 20 / sqrt(3) = 49.7
-    assert table["maml"][STEPS] == "50 ± 50"
-    assert table["maml"]["ratio of steps"] == "0.50 ± 0.50"
-    assert table["lost"][STEPS] == "1 of 2 seeds"
-    assert table["lost"]["ratio of steps"] == ""
+    # 10, 20, 40: standard deviation 15.3, half width 4.303 * 15.3 / sqrt(3) = 37.9
+    assert table["maml"]["steps to 50%"] == "23 ± 38"
+    assert table["maml"]["ratio of steps to 50%"] == "0.50 (0.50 to 0.50)"
+    assert table["lost"]["steps to 50%"] == "2 of 3 seeds"
+    assert table["lost"]["ratio of steps to 50%"] == ""
+
+
+def test_an_arm_against_itself_has_the_ratio_1(tmp_path):
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        curve = np.linspace(0.1, 0.6, 11) + rng.normal(0, 0.02, 11)
+        write(tmp_path, "one", curve, seed)
+        write(tmp_path, "copy", curve, seed)
+    for row in table_of(tmp_path, "one").values():
+        assert row["ratio of steps to 50%"] == "1.00 (1.00 to 1.00)"
+        assert row["ratio of FLOPs to 50%"] == "1.00 (1.00 to 1.00)"
+
+
+def test_targets_lie_between_the_lowest_start_and_the_baseline_s_end(tmp_path):
+    write(tmp_path, "slow", [0.1, 0.4])
+    write(tmp_path, "tuned", [0.2, 0.6])
+    arms = arms_of(tmp_path)  # 60, 80 and 95% of the way
+    assert compare.choose_targets(arms, "slow") == [28, 34, 38]
+    assert compare.choose_targets(arms, "tuned") == [40, 50, 58]
+    assert compare.choose_targets(arms, None) == [40, 50, 58]  # the highest end
+    assert compare.choose_targets(arms, "of another dataset") == [40, 50, 58]
 
 
 def test_a_csv_of_results_and_run_directories_give_the_same_table(tmp_path):
@@ -191,21 +227,21 @@ def test_a_csv_of_results_and_run_directories_give_the_same_table(tmp_path):
     compare.main([str(tmp_path / "shapes.csv")])
     table = (tmp_path / "shapes.md").read_text()
     assert table == (tmp_path / "runs" / "shapes.md").read_text()
-    assert "| 40 ± 0 " in table
+    assert "| 38 ± 0 " in table  # to 48%, 95% of the way from 10 to 50
 
 
 def test_the_baseline_is_the_one_fine_tuned_arm_or_the_one_named(tmp_path, capsys):
-    def steps(*argv):
-        compare.main([str(tmp_path), *argv])
-        return cells(capsys.readouterr().out)["maml_ssl"].get(STEPS)
+    def ratio(*argv):
+        compare.main([str(tmp_path), "--targets", "40", "20", *argv])
+        return cells(capsys.readouterr().out)["maml_ssl"].get("ratio of steps to 40%")
 
     write_two_arms(tmp_path)
     scratch = "pretrain_finetune-shapes-pretrain_steps=0"
     write(tmp_path, scratch, [0.1, 0.4])
-    assert steps() == "40 ± 0"
-    assert steps("--baseline", scratch.replace("-shapes", "")) == "30"
+    assert ratio() == "0.32 (0.32 to 0.32)"  # 30 / 95
+    assert ratio("--baseline", scratch.replace("-shapes", "")) == "3.00"  # 30 / 10
     write(tmp_path, "pretrain_finetune-shapes-lr=0.1", [0.1, 0.4], before=10)
-    assert steps() is None  # now there are two
+    assert ratio() is None  # now there are two
     assert "--baseline ARM" in (tmp_path / "shapes.md").read_text()
 
 
@@ -242,7 +278,7 @@ def test_unfinished_seeds_are_left_out_beside_finished_ones(tmp_path, capsys):
     write(tmp_path, "maml", [0.1, 0.6])
     write(tmp_path, "maml", [0.1, 0.2], seed=1, steps=99)
     (row,) = table_of(tmp_path).values()
-    assert row == {"arm": "maml", "seeds": "1", FINAL: "60.0"}
+    assert (row["seeds"], row[FINAL]) == ("1", "60.0")
     (line,) = capsys.readouterr().err.splitlines()
     assert str(Path("maml", "seed1")) in line
     assert "unfinished" in line
@@ -253,7 +289,8 @@ def test_a_run_that_is_not_finished_is_marked_in_table_and_figure(tmp_path, caps
     write(tmp_path, "alone", [0.1, 0.3], adapted=[0.1, 0.5], steps=99)
     write(tmp_path, "pretrains", [], before=20, steps=99)  # no accuracy yet
     table = table_of(tmp_path)
-    assert set(table) == {"done", "alone (unfinished)"}
+    alone = {"alone (unfinished)", "alone (unfinished), adapted"}
+    assert set(table) == {"done"} | alone
     assert table["alone (unfinished)"][FINAL] == "30.0"
     written = set(boxes(figure_of(tmp_path)))
     marked = {"alone (unfinished), adapted", "alone (unfinished), not adapted"}
@@ -412,5 +449,6 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
     write_two_arms(tmp_path)
     arms = "['maml_ssl', 'pretrain_finetune']"
     refused(capsys, [tmp_path, "--baseline", "me"], "me", arms)
+    refused(capsys, [tmp_path, "--targets", "half"], "half")
     refused(capsys, [tmp_path, "--x", "epochs"], "epochs", "total_step")
     refused(capsys, [tmp_path, tmp_path], "seed0", "one run")

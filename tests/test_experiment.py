@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -29,15 +28,11 @@ def run(accuracies, seed=0, flops=1.0):
 
 
 # --- the verdicts ---
-def test_each_count_is_the_one_that_its_question_names():
-    measure = experiment.measure
-    slow, fast = run([0.1, 0.2, 0.4]), run([0.1, 0.4, 0.5], flops=4.0)
-    assert measure(fast, slow, "total_step") == (0.5, False)  # 100 steps of 200
-    assert measure(fast, slow, "flops") == (2.0, False)  # 400 FLOPs of 200
-    assert measure(slow, fast, "total_step") == (1.0, True)  # never: its whole budget
-    assert measure(fast, slow, "end").value == pytest.approx(10)
-    # with 200 FLOPs fast is at step 50
-    assert measure(fast, slow, "equal FLOPs").value == pytest.approx(25 - 40)
+def answer(arms, question, targets=(20, 40)):
+    """The cells of the line that answers a question, after it."""
+    lines = experiment.verdicts(arms, targets).splitlines()
+    (line,) = (line for line in lines if line.startswith(f"| {question} |"))
+    return line.removeprefix(f"| {question} | ").removesuffix(" |").split(" | ")
 
 
 def test_verdicts_pair_each_seed_with_its_own_baseline():
@@ -46,10 +41,35 @@ def test_verdicts_pair_each_seed_with_its_own_baseline():
     for seed, end in enumerate(ends):
         arms["maml"].append(run([0, end + 0.005 + seed / 1e5], seed))
         arms["scratch"].append(run([0, end], seed))
-    asked = "better than nothing | maml | scratch | end"
-    lines = experiment.verdicts(arms).splitlines()
-    (line,) = (line for line in lines if asked in line)
-    assert "0.50 ± 0.00" in line and "supported" in line
+    found = answer(arms, "better than nothing | maml | scratch")
+    assert found == ["0.50 ± 0.00", "supported", "yes"]
+    for each in arms["maml"]:
+        each.log["accuracy"] += 0.1
+    found = answer(arms, "better than nothing | maml | scratch")
+    assert found == ["10.50 ± 0.00", "supported", ""]  # better, not as good
+
+
+def test_times_are_counted_in_what_a_question_names():
+    maml = [run([0, 0.4, 0.5], seed, flops=4.0) for seed in range(2)]
+    tuned = [run([0, 0.2, 0.4], seed) for seed in range(2)]
+    arms = {"maml": maml, "fine-tuned": tuned}
+    half = ["0.50 (0.50 to 0.50) supported"] * 2
+    assert (
+        answer(arms, "as worded: fewer steps | maml | fine-tuned | total_step") == half
+    )
+    dearer = ["2.00 (2.00 to 2.00) refuted"] * 2
+    assert answer(arms, "fewer FLOPs | maml | fine-tuned | flops") == dearer
+    found = answer(arms, "fewer FLOPs | maml | fine-tuned | flops", (40, 50))
+    assert found[1] == "nobody"  # with the 200 FLOPs that the baseline has
+    assert "total_step" not in experiment.verdicts(arms, ())
+
+
+def test_times_are_those_of_the_adapted_accuracy_where_there_are_environments():
+    adapts = run([0, 0.2, 0.3])
+    adapts.log["accuracy_adapted"] = (0, 0.4, 0.5)
+    assert experiment.first_times([adapts], "total_step", 20) == [100]
+    adapts.dataset = "environments"
+    assert experiment.first_times([adapts], "total_step", 20) == [50]
 
 
 def test_how_far_the_inner_loop_lowers_its_pretext_loss():
@@ -61,36 +81,6 @@ def test_how_far_the_inner_loop_lowers_its_pretext_loss():
     table = experiment.lowered({"maml": maml, "joint": [joint]})
     assert table.splitlines()[2:] == ["| maml | 0.0 ± 317.7 |"]
     assert experiment.lowered({"joint": [joint]}) == ""
-
-
-def test_censored_seeds_never_support_and_refute_from_five_on():
-    def word(values, censored, null=1.0, less=True):
-        return experiment.judge(values, censored, null, less).word
-
-    spread, none = 0.4 + np.arange(5) / 100, np.zeros(5, bool)
-    assert word(spread, none) == "supported"
-    assert word(spread, np.arange(5) == 2) == "undecided"
-    assert word(spread, ~none) == "refuted"
-    assert word(spread[:4], ~none[:4]) == "undecided"
-    assert word(spread + 1, none) == "refuted"
-    assert word(spread, none, null=0.0, less=False) == "supported"
-    assert word(spread, none, null=0.42) == "undecided"
-    assert word(spread[:1], none[:1]) == "undecided"  # one seed has no interval
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_two_arms_that_are_the_same_are_undecided_in_95_of_100_draws(seeds):
-    """In steps half of the seeds are censored, all of them in 1 of 2^seeds draws."""
-    rng, words = np.random.default_rng(1), {"end": Counter(), "total_step": Counter()}
-    asked = {"end": (0.0, False), "total_step": (1.0, True)}
-    for ends in rng.normal(0.6, 0.01, (1000, seeds, 2)):  # curves that still rise
-        pairs = [[run(np.linspace(0.1, end, 11)) for end in pair] for pair in ends]
-        for count, (null, less) in asked.items():
-            found = [experiment.measure(*pair, count) for pair in pairs]
-            values, censored = zip(*found, strict=True)
-            words[count][experiment.judge(values, censored, null, less).word] += 1
-    assert words["end"]["undecided"] / 1000 == pytest.approx(0.95, abs=0.02)
-    assert words["total_step"]["undecided"] / 1000 > 0.93
 
 
 # --- folders of environments ---
