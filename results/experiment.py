@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 import maml_ssl  # noqa: E402
 import pretext  # noqa: E402
-from results import judge, readers, sites  # noqa: E402
+from results import judge, readers, reading, sites  # noqa: E402
 
 
 # --- what is run ---
@@ -540,7 +540,6 @@ CONTRASTS = [
         "context-128",
     ),
 ]
-RISEN = 76.5  # %: on coloured_shapes a seed above it has begun to read the support
 # protocols with several environments
 SEVERAL = ("environments", "tinted", "readers", "readers-more", "dear")
 # Mean over the three environments (%). A rule for one image can reach CEILING at most:
@@ -1099,11 +1098,64 @@ def support_tables(path: Path) -> str:
     return f"{accuracies}\n\n{answers}\n{last}"
 
 
+READING_NAMES = ("readers", "readers-more", "dear")
+SITES_NAMES = ("sites-0.2", "sites-1.0", "sites-inf")
+
+
+def together(groups: dict[str, compare.Arms], names: tuple) -> compare.Arms:
+    """The arms of several protocols."""
+    arms: compare.Arms = {}
+    for name in names:
+        arms |= groups.get(name, {})
+    return arms
+
+
+def found_in(protocol: str) -> reading.Found:
+    """What was measured after training; sites: by way, else: by support."""
+    if protocol in SITES_NAMES:
+        path = RESULTS / f"{protocol}_ways.csv"
+        return reading.read_ways(path) if path.exists() else {}
+    paths = [RESULTS / f"{name}_support.csv" for name in READING_NAMES]
+    return reading.read_supports(paths)
+
+
+def answers() -> list[reading.Answer]:
+    """The contrasts whose runs are there."""
+    rows = []
+    for text, protocol, arm, other in CONTRASTS:
+        found, way = found_in(protocol), "own"
+        if protocol in SITES_NAMES:
+            way = "plain"
+        mine, others = found.get((arm, way), {}), found.get((other, way), {})
+        differences = reading.paired(mine, others)
+        if len(differences) > 1:
+            rows.append(reading.Answer(text, differences))
+    return rows
+
+
+def who_reads(groups: dict[str, compare.Arms]) -> list[str]:
+    """The parts of the report on who reads a support set."""
+    parts, found = [], found_in("readers")
+    if rows := reading.contrast_rows(answers()):
+        parts += ["## The four contrasts", as_table(reading.CONTRAST_HEAD, rows)]
+    if found:
+        flops = reading.flops_of(together(groups, READING_NAMES))
+        rows = reading.support_rows(found, flops)
+        parts += ["## Ways to read a support set: coloured_shapes, 1,000 steps"]
+        parts.append(as_table(reading.SUPPORT_HEAD, rows))
+    for name in SITES_NAMES:
+        if (path := RESULTS / f"{name}_ways.csv").exists():
+            rows = reading.site_rows(path, reading.flops_of(groups[name]))
+            parts += [f"## {name}", as_table(reading.SITE_HEAD, rows)]
+    return parts
+
+
 def report() -> None:
     """Draws every figure; prints every table and verdict, and writes report.md."""
-    logs = [path for path in RESULTS.glob("*.csv") if "support" not in path.stem]
+    measured = ("_support.csv", "_ways.csv")
+    logs = [p for p in RESULTS.glob("*.csv") if not p.name.endswith(measured)]
     groups = compare.group(compare.read(logs))
-    parts = [judge.HOW]
+    parts = [judge.HOW, *who_reads(groups)]
     for name in [name for name in PROTOCOLS if name in groups]:
         for horizon in HORIZONS.get(name, [np.inf]):
             title, arms = name, {}
@@ -1115,7 +1167,8 @@ def report() -> None:
             targets = judge.TARGETS.get(name, ())
             parts += [f"## {title}", compare.table(arms, baseline, targets)]
             parts += [verdicts(arms, targets), lowered(arms)]
-        if (path := RESULTS / f"{name}_support.csv").exists():
+        path = RESULTS / f"{name}_support.csv"
+        if path.exists() and name not in READING_NAMES:
             parts += [f"## {name}: adapted to what", support_tables(path)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (RESULTS / "report.md").write_text(text, encoding="utf-8")
