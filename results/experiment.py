@@ -136,7 +136,7 @@ for arm, lr, weight in GRID:
 # Chosen on 2,000 training images outside the label budget (cifar10-few-val, seed 100),
 # best accuracy after the last step; of equal ones the first. The gate, over the seeds
 # 100 to 102: fine-tuned at least 3 points above from scratch. MAML and joint training
-# are tried with a quarter of the steps: they have then long ended rising.
+# are tried with a quarter of the steps, and less often: a step is dear.
 FEW_STEPS = 4000
 FEW = f"--source data/tiny-imagenet-32 --image-size 16 --steps {FEW_STEPS}"
 FEW += (
@@ -152,16 +152,21 @@ FEW_PRETRAINING += [
 ]
 FEW_INNER = [
     f"--lr {lr} --inner-lr {inner_lr} --pretext-weight {weight}"
-    for lr, inner_lr, weight in product((".001", ".002"), (".01", ".1"), (".03", ".3"))
+    for lr, inner_lr, weight in (
+        (".001", ".01", ".03"),
+        (".001", ".01", ".3"),
+        (".001", ".1", ".3"),
+        (".002", ".01", ".3"),
+    )
 ]
 FEW_JOINT = [
     f"--lr {lr} --pretext-weight {weight}"
-    for lr, weight in product((".001", ".002"), (".03", ".1", ".3", "1"))
+    for lr, weight in ((".001", ".03"), (".001", ".3"), (".001", "1"), (".002", ".3"))
 ]
 FEW_TRIALS = {
     "fine-tuned": Trials("pretrain_finetune.py", FEW_PRETRAINING, 0),
     "probed": Trials("linear_probe.py", FEW_PRETRAINING, 0),
-    "scratch": Trials(FROM_SCRATCH, [f"--lr {lr}" for lr in RATES], 0),
+    "scratch": Trials(FROM_SCRATCH, ["--lr .0005", "--lr .001", "--lr .002"], 0),
     "maml": Trials("maml_ssl.py", FEW_INNER, 0),
     "joint": Trials(JOINT, FEW_JOINT, 0),
 }
@@ -340,25 +345,22 @@ DEAR_TRIALS = {arm: f"{command} {VALIDATION}" for arm, command in DEAR.items()}
 # --- what is run: sites, natural photographs with class frequencies of their own ---
 # CIFAR-10 at 16 x 16, 32 sites of 1,000 images, tested on these and on 8 new ones; the
 # lower the concentration, the more they differ. The sites are drawn with the seed.
-# Few trials an arm (seed 100, the training sites' validation images).
-SITES = "--environments --image-size 16 --width 16 --batch-size 128 --steps 1500"
+# Two trials of four arms (seed 100, the training sites' validation images): what was
+# chosen also gives the temperature of the runs whose name begins so.
+SITES = "--environments --image-size 16 --width 16 --batch-size 128 --steps 1000"
 SITES_SOURCE = "--source data/tiny-imagenet-32"
 LEARNED_LABELS = "maml_ssl.py --pretext learned_labels --pretext-weight 0"
 SITES_TRIALS = {
-    "scratch": Trials(FROM_SCRATCH, ["--lr .001", "--lr .002", "--lr .004"], 0),
+    "scratch": Trials(FROM_SCRATCH, ["--lr .001", "--lr .003"], 0),
     "context": Trials(
-        "results/readers.py --reader context",
-        ["--lr .001", "--lr .002", "--lr .0005"],
-        0,
+        "results/readers.py --reader context", ["--lr .001", "--lr .0005"], 0
     ),
     "learned-labels": Trials(
-        LEARNED_LABELS,
-        ["--lr .001 --inner-lr 1", "--lr .001 --inner-lr .3", "--lr .002 --inner-lr 1"],
-        0,
+        LEARNED_LABELS, ["--lr .001 --inner-lr 1", "--lr .001 --inner-lr .3"], 0
     ),
     "contrastive": Trials(
-        "maml_ssl.py --pretext contrastive --pretext-weight .1",
-        ["--lr .001 --inner-lr 1", "--lr .001 --inner-lr .1", "--lr .002 --inner-lr 3"],
+        "maml_ssl.py --pretext contrastive --lr .001 --pretext-weight .1",
+        ["--inner-lr 1", "--inner-lr .1"],
         0,
     ),
 }
@@ -389,8 +391,6 @@ TUNE_SITES = {}
 for arm, trials in SITES_TRIALS.items():
     for i, flags in enumerate(trials.settings):
         TUNE_SITES[f"{arm}-{i}"] = f"{trials.command} {flags} {SITES} {VALIDATION}"
-# Temperatures are of these: each arm once more, on validation images
-CALIBRATED = {arm: f"{command} {VALIDATION}" for arm, command in SITES_ARMS.items()}
 
 # The settings of coloured_shapes, not tuned again, and MAML with alpha 1 too
 TINTED = {}
@@ -431,7 +431,6 @@ PROTOCOLS = {
     "readers": Protocol(range(10, 20), {arm: READERS[arm] for arm in PRIMARY}),
     "readers-more": Protocol(range(10, 15), MORE),
     "tune-sites": Protocol(TUNING[:1], at_sites(TUNE_SITES, "0.2")),
-    "calibrate-sites": Protocol(TUNING[:1], at_sites(CALIBRATED, "0.2")),
     "sites-0.2": Protocol(range(10, 13), at_sites(SITES_ARMS, "0.2")),
     "sites-1.0": Protocol(
         range(10, 13), at_sites({arm: SITES_ARMS[arm] for arm in DOSE}, "1.0")
@@ -806,14 +805,22 @@ def measure_support(folder: Path, tuned: Path) -> list[str]:
     return lines
 
 
+def calibrated(run: str, out: Path) -> Path | None:
+    """The trial on validation images that gives the temperature of a run's output."""
+    for arm, trials in SITES_TRIALS.items():
+        if run.startswith(arm):
+            return out / "tune-sites" / f"{arm}-{trials.best}" / "seed100"
+    return None
+
+
 WAYS_HEADER = "run,seed,way,all,seen,new,error"
 
 
-def measure_sites(folder: Path, calibrated: Path) -> list[str]:
+def measure_sites(folder: Path, trial: Path | None) -> list[str]:
     """The lines of one run in NAME_ways.csv: the accuracy of each way, over sites.
 
-    error: standard error of the mean over all sites, by bootstrap. calibrated: the run
-    of this arm that gives the temperature.
+    error: standard error of the mean over all sites, by bootstrap. trial: what gives
+    the temperature; without one only the output as it is counts.
     """
     name, seed = folder.parts[-2], folder.name.removeprefix("seed")
 
@@ -828,9 +835,11 @@ def measure_sites(folder: Path, calibrated: Path) -> list[str]:
 
         return predict, data
 
-    T = sites.calibrate(*load(calibrated))
+    T = sites.calibrate(*load(trial)) if trial else 1.0
     rows, lines = sites.measure(*load(folder), T), []
     for way, accuracy in rows.accuracy.items():
+        if way != "plain" and not trial:
+            continue
         found = sites.summary(accuracy, rows.new, np.random.default_rng(0))
         values = [found[group].mean for group in ("all", "seen", "new")]
         cells = ",".join(f"{x:.4f}" for x in (*values, found["all"].error))
@@ -908,8 +917,7 @@ def gather(name: str, out: Path) -> None:
         if name in SEVERAL:
             supports[run, seed] = measure_support(folder, tuned)
         if name.startswith("sites"):
-            calibrated = out / "calibrate-sites" / run / "seed100"
-            by_way[run, seed] = measure_sites(folder, calibrated)
+            by_way[run, seed] = measure_sites(folder, calibrated(run, out))
     merge(RESULTS / f"{name}.csv", f"run,seed,{compare.HEADER}", logs)
     if name in SEVERAL:
         merge(RESULTS / f"{name}_support.csv", SUPPORT_HEADER, supports)
