@@ -1158,6 +1158,91 @@ def who_reads(groups: dict[str, compare.Arms]) -> list[str]:
     return parts
 
 
+# The rungs of the ladder from below: run, what it is called there, a key of KINDS
+ONE_RUNGS = [
+    ("probed", "pretrained, probed", "one image"),
+    ("fine-tuned", "pretrained, fine-tuned", "one image"),
+    ("scratch", "from scratch", "one image"),
+    ("joint", "joint training", "one image"),
+    ("maml", "MAML, four tasks", "inner loop"),
+    ("maml-both", "MAML, source images too", "inner loop"),
+    ("learned-labels", "MAML, learned labels", "inner loop"),
+    ("joint-pretrained", "joint, from pretrained", "one image"),
+    ("maml-pretrained", "MAML, from pretrained", "inner loop"),
+]
+SHAPE_RUNGS = [
+    ("fine-tuned", "pretrained, fine-tuned", "one image"),
+    ("scratch", "from scratch", "one image"),
+    ("joint", "joint training", "one image"),
+    ("maml-32", "MAML, four tasks, 32", "inner loop"),
+    ("maml-128", "MAML, four tasks, 128", "inner loop"),
+    ("colorization-128", "MAML, colorization, 128", "inner loop"),
+    ("random-labels-128", "MAML, random labels, 128", "inner loop"),
+    ("detached-labels-128", "MAML, fixed labels, 128", "inner loop"),
+    ("learned-labels-32", "MAML, learned labels, 32", "inner loop"),
+    ("learned-labels-128", "MAML, learned labels, 128", "inner loop"),
+    ("learned-loss-32", "MAML, learned loss, 32", "inner loop"),
+    ("learned-loss-128", "MAML, learned loss, 128", "inner loop"),
+    ("context-32", "context network, 32", "shown, no inner loop"),
+    ("context-128", "context network, 128", "shown, no inner loop"),
+    ("batchnorm-128", "batch normalisation, 128", "shown, no inner loop"),
+    ("inferred-32", "environment inferred, 32", "shown, no inner loop"),
+    ("inferred-128", "environment inferred, 128", "shown, no inner loop"),
+    ("told", "environment told", "told"),
+]
+SITE_RUNGS = [  # run, way, ...
+    ("scratch", "most frequent", "site's commonest class", "told"),
+    ("fine-tuned", "plain", "pretrained, fine-tuned", "one image"),
+    ("scratch", "plain", "from scratch", "one image"),
+    ("joint", "plain", "joint training", "one image"),
+    ("contrastive-32", "plain", "MAML, contrastive, 32", "inner loop"),
+    ("colorization-32", "plain", "MAML, colorization, 32", "inner loop"),
+    ("learned-labels-32", "plain", "MAML, learned labels, 32", "inner loop"),
+    ("learned-labels-128", "plain", "MAML, learned labels, 128", "inner loop"),
+    ("context-32", "plain", "context network, 32", "shown, no inner loop"),
+    ("context-128", "plain", "context network, 128", "shown, no inner loop"),
+    ("inferred-128", "plain", "site inferred, 128", "shown, no inner loop"),
+    ("scratch", "em", "from scratch, EM", "shown, no inner loop"),
+    ("scratch", "known", "frequencies told", "told"),
+]
+
+
+def panels(groups: dict[str, compare.Arms]) -> list[reading.Panel]:
+    """The panels of the ladder, of what was run."""
+    Rung, found = reading.Rung, []
+    one, title = groups.get("few"), "one distribution\n(CIFAR-10, 25 labels a class)"
+    if one is None:
+        title = "one distribution\n(CIFAR-10, 500 labels a class)"
+        one = {arm.removesuffix("-25"): runs for arm, runs in groups["photos"].items()}
+    flops, rungs = reading.flops_of(one), []
+    for arm, label, kind in ONE_RUNGS:
+        seeds = {run.seed: 100 * scores(run)[-1] for run in one.get(arm, [])}
+        if seeds:
+            rungs.append(Rung(label, kind, seeds, flops.get(arm)))
+    found.append(reading.Panel(title, rungs, {}))
+
+    flops, rungs = reading.flops_of(together(groups, READING_NAMES)), []
+    supports = found_in("readers")
+    for arm, label, kind in SHAPE_RUNGS:
+        seeds = supports.get((arm, "none"), {})
+        if kind != "one image":
+            seeds = supports.get((arm, "own"), {})
+        if seeds:
+            rungs.append(Rung(label, kind, seeds, flops.get(arm)))
+    limits = {"one image": CEILING, "told": KNOWING}
+    title = "drawn environments\n(coloured shapes)"
+    found.append(reading.Panel(title, rungs, limits))
+
+    ways, rungs = found_in("sites-0.2"), []
+    flops = reading.flops_of(groups.get("sites-0.2", {}))
+    for arm, way, label, kind in SITE_RUNGS:
+        if seeds := ways.get((arm, way)):
+            cost = None if way == "most frequent" else flops.get(arm)
+            rungs.append(Rung(label, kind, seeds, cost))
+    found.append(reading.Panel("photographs of sites\n(CIFAR-10)", rungs, {}))
+    return [panel for panel in found if panel.rungs]
+
+
 def report() -> None:
     """Draws every figure; prints every table and verdict, and writes report.md."""
     measured = ("_support.csv", "_ways.csv")
@@ -1184,6 +1269,7 @@ def report() -> None:
     draw_answer(groups, "flops", RESULTS / "flops.png")
     draw_answer(groups, "step", RESULTS / "paid_once.png")
     draw_step(RESULTS / "outer_step.png")
+    reading.draw_ladder(panels(groups), RESULTS / "ladder.png")
     print(text, end="")
 
 
