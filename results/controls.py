@@ -3,8 +3,9 @@
     python results/controls.py --pretext detached_labels --pretext-weight 0
     python results/controls.py --balance nash --pretext-weight 0
 
-detached_labels: learned_labels, but no gradient reaches what makes the labels: they
-stay what the first weights make of an image. Does learning what is asked help?
+detached_labels: learned_labels, but no gradient reaches the labels: their half of the
+head stays as it began (but for weight decay), and they move with the encoder below it.
+Does learning what is asked help?
 
 --balance nash: here the mean of normalised gradients, as long as Nash's sum of them.
 Does bargaining help, or the length of the step?

@@ -268,8 +268,8 @@ for task in pretext.LEARNED:
 
 # --- what is run: who reads a support set, and how? ---
 # On coloured_shapes, whose images are drawn anew for each seed. Eight settings for each
-# reader (seed 100, validation images of the training environments, after the last
-# step; of equal ones the first); with the other sizes of the support the same one.
+# reader (seed 100, validation images of the training environments, mean of the last
+# three evaluations); with the other sizes of the support the same one.
 HORIZON = "--dataset coloured_shapes --steps 1000"
 LEARNED_SETTINGS = [
     f"--lr {lr} --inner-lr {inner_lr} --pretext-weight 0"
@@ -280,9 +280,9 @@ READER_TRIALS = {
     "context": Trials("results/readers.py --reader context", READER_SETTINGS, 0),
     "inferred": Trials("results/readers.py --reader inferred", READER_SETTINGS, 0),
     "learned-labels": Trials(
-        "maml_ssl.py --pretext learned_labels", LEARNED_SETTINGS, 0
+        "maml_ssl.py --pretext learned_labels", LEARNED_SETTINGS, 1
     ),
-    "learned-loss": Trials("maml_ssl.py --pretext learned_loss", LEARNED_SETTINGS, 0),
+    "learned-loss": Trials("maml_ssl.py --pretext learned_loss", LEARNED_SETTINGS, 2),
 }
 TUNE_READERS = {}
 for arm, trials in READER_TRIALS.items():
@@ -527,7 +527,7 @@ CONTRASTS = [
         "context-32",
     ),
     Contrast(
-        "what tasks ask: four tasks against fixed labels without meaning",
+        "what tasks ask: four tasks against labels that nothing trains",
         "readers",
         "maml-128",
         "detached-labels-128",
@@ -1178,7 +1178,7 @@ SHAPE_RUNGS = [
     ("maml-128", "MAML, four tasks, 128", "inner loop"),
     ("colorization-128", "MAML, colorization, 128", "inner loop"),
     ("random-labels-128", "MAML, random labels, 128", "inner loop"),
-    ("detached-labels-128", "MAML, fixed labels, 128", "inner loop"),
+    ("detached-labels-128", "MAML, untrained labels, 128", "inner loop"),
     ("learned-labels-32", "MAML, learned labels, 32", "inner loop"),
     ("learned-labels-128", "MAML, learned labels, 128", "inner loop"),
     ("learned-loss-32", "MAML, learned loss, 32", "inner loop"),
