@@ -6,12 +6,20 @@ They see the labelled batches of the arms, and in each step for each environment
 support of other training images of it, without labels. At evaluation the support is
 what MAML adapts to. What they make of it:
 
-context    a second network's mean output over the support: four more channels for the
-           encoder (ARM-CML, 2007.02931; there these channels differ by place)
+context    a code, a second network's mean output over the support (ARM-CML, 2007.02931)
 inferred   the environment: a second network classifies each image's environment, the
-           log-probabilities are added over the support, and the winner is told
+           log-probabilities are added over the support, and the code of the winner is
+           taken: prod p(e|x) ~ p(e|support), as images are independent given e and all
+           e equally frequent in training (the product rule, Kittler et al. 1998)
 told       nothing: the environment's rule is told, which in use nobody knows
-batchnorm  statistics: all layers are normalised by those of the support alone (ARM-BN)
+batchnorm  statistics: all layers are normalised by those of the support (ARM-BN)
+
+A code is a number for each channel of the encoder's first layer, added after its
+normalisation (which would cancel a constant channel of the input).
+
+Deviations from ARM: there the images to be classified are themselves the support, in
+training and test; ARM-CML adds 1 to 12 channels to the input, which differ by place,
+has BatchNorm, and a context network of three 5x5 convolutions.
 """
 
 import argparse
@@ -48,20 +56,16 @@ def second_network(args: argparse.Namespace, outputs: int) -> nn.Module:
 
 
 class Reader(nn.Module):
-    """The arms' encoder and classifier; the encoder gets a code of `size` numbers."""
+    """The arms' encoder and classifier; the first layer gets a code [channels]."""
 
-    def __init__(self, base: maml_ssl.Model, size: int):
+    def __init__(self, base: maml_ssl.Model):
         super().__init__()
         self.encoder, self.classifier = base.encoder, base.heads["target"]
-        first = self.encoder[0]
-        wider = nn.Conv2d(3 + size, first.out_channels, 3, padding=1, bias=False)
-        with torch.no_grad():
-            wider.weight[:, :3] = first.weight
-        self.encoder[0] = wider
+        self.channels = self.encoder[0].out_channels
 
     def classify(self, images: Tensor, code: Tensor) -> Tensor:
-        planes = code[:, None, None].expand(len(images), -1, *images.shape[2:])
-        return self.classifier(self.encoder(torch.cat((scaled(images), planes), 1)))
+        first, rest = self.encoder[:2], self.encoder[2:]  # convolution and norm
+        return self.classifier(rest(first(scaled(images)) + code[:, None, None]))
 
     def loss(self, support, environment: int, images, labels) -> Tensor:
         return F.cross_entropy(self(support, environment, images), labels)
@@ -69,8 +73,8 @@ class Reader(nn.Module):
 
 class Context(Reader):
     def __init__(self, base, args):
-        super().__init__(base, 4)
-        self.reader = second_network(args, 4)
+        super().__init__(base)
+        self.reader = second_network(args, self.channels)
 
     def forward(self, support, environment, images):
         return self.classify(images, self.reader(scaled(support)).mean(0))
@@ -78,13 +82,11 @@ class Context(Reader):
 
 class Told(Reader):
     def __init__(self, base, args):
-        super().__init__(base, args.known)
-        self.known = args.known
+        super().__init__(base)
+        self.codes = nn.Linear(args.known, self.channels, bias=False)
 
     def told(self, environment: int, images) -> Tensor:
-        code = torch.zeros(self.known, device=images.device)
-        code[environment] = 1
-        return self.classify(images, code)
+        return self.classify(images, self.codes.weight[:, environment])
 
     def forward(self, support, environment, images):
         return self.told(RULES[environment], images)
@@ -214,8 +216,10 @@ def parse_args() -> argparse.Namespace:
     add("--support-batch-size", type=int, default=128, help="of each environment")
     args = maml_ssl.parse(parser, {}, {})
     args.name = args.name.replace("maml_ssl", "reader")
-    if args.encoder:
-        maml_ssl.fail("--encoder is for the arms: a reader's has more channels")
+    if args.encoder or args.backbone != "conv" or args.amp:
+        maml_ssl.fail("no --encoder, --amp or other --backbone: these are for the arms")
+    if args.reader == "told" and args.dataset != "coloured_shapes":
+        maml_ssl.fail("--reader told knows the rules of coloured_shapes alone")
     return args
 
 

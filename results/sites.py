@@ -156,7 +156,9 @@ def em_frequencies(probabilities: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """The class frequencies [C] of unlabelled images, from p(y | x) [M, C].
 
     prior: those of the training images, [C]. Saerens, Latinne and Decaestecker 2002,
-    Adjusting the outputs of a classifier to new a priori probabilities.
+    Adjusting the outputs of a classifier to new a priori probabilities. Deviations:
+    there the same images are then classified; the temperature, as Alexandari et al.
+    2020 have it, without their bias terms.
     """
     frequencies = prior
     for _ in range(10_000):
@@ -283,7 +285,10 @@ def measure(predict: Predict, data: pretext.Data, T: float) -> Rows:
 
 
 def calibrate(predict: Predict, data: pretext.Data) -> float:
-    """The temperature of a run with --eval-on val: data.test are validation images."""
+    """The temperature of a run with --eval-on val: data.test are validation images.
+
+    It is used for other seeds of the arm; Guo et al. 2017 fit each network its own.
+    """
     probabilities, labels = [], []
     for site in data.test.environments.unique().tolist():
         scored = data.test.take(data.test.environments == site)

@@ -30,8 +30,7 @@ def test_encoder_and_classifier_start_as_the_arms_do(reader):
         backbone="conv", width=4, amp=False, seed=0, device="cpu", encoder=None
     )
     base = maml_ssl.make_model(args, {"target": 3}, {})
-    first, theirs = model.encoder[0].weight, base.encoder[0].weight
-    assert first[:, :3].equal(theirs)
+    assert model.encoder[0].weight.equal(base.encoder[0].weight)
     assert model.classifier[-1].weight.equal(base.heads["target"][-1].weight)
 
 
@@ -60,6 +59,19 @@ def test_inference_of_the_true_environment_is_the_told_network(monkeypatch):
         assert said.equal(told(support, environment, query))
     assert not told(support, 0, query).equal(told(support, 1, query))
     assert told(support, 2, query).equal(told(support, 0, query))  # the new one's rule
+
+
+def test_a_code_counts_at_each_place_and_is_not_normalised_away():
+    model, query = make("told"), images(1)
+    first, codes = [], model.codes.weight.detach().T
+    for code in codes:  # of each environment
+        hook = model.encoder[2].register_forward_pre_hook(
+            lambda _, inputs: first.append(inputs[0])
+        )
+        model.classify(query, code)
+        hook.remove()
+    change = (codes[1] - codes[0])[None, :, None, None]
+    assert torch.allclose(first[1] - first[0], change.expand_as(first[0]), atol=1e-5)
 
 
 def test_the_winner_has_the_highest_sum_of_log_probabilities():
