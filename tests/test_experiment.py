@@ -123,6 +123,35 @@ def test_the_folder_of_other_environments_has_their_shares(tmp_path, monkeypatch
         assert agrees.float().mean() == pytest.approx(share, abs=tolerance)
 
 
+def test_validation_images_of_few_labels_are_no_training_images(tmp_path, monkeypatch):
+    for split, count in (("train", 50), ("test", 10)):
+        for kind in ("bird", "cat"):
+            folder = tmp_path / "data/cifar10" / split / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                colour = (i, count, 100 * (kind == "cat"))
+                Image.new("RGB", (32, 32), colour).save(folder / f"{i:02}.png")
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    experiment.prepare_few()
+    experiment.prepare_few()  # what is there stays
+
+    def names(folder):
+        return {path.relative_to(folder) for path in folder.rglob("*.png")}
+
+    photos = tmp_path / "data/cifar10"
+    test, val = tmp_path / "data/cifar10-few", tmp_path / "data/cifar10-few-val"
+    assert names(test / "train") == names(photos / "train")
+    assert len(names(test / "test")) == 4 and names(test / "test") <= names(
+        photos / "test"
+    )
+    held, kept = names(val / "test"), names(val / "train")
+    assert len(held) == 4 and not held & kept
+    assert held | kept == names(photos / "train")
+    for folder in test, val:  # they can be read
+        data = pretext.load(str(folder), str(tmp_path), 8, "cpu")
+        assert len(data.test.labels) == 4 and data.classes == ["bird", "cat"]
+
+
 # --- the CSV files ---
 def gather(name, tmp_path):
     """The lines of results/NAME.csv in tmp_path, gathered from tmp_path/runs."""
@@ -236,7 +265,7 @@ def test_one_command_draws_every_figure_and_table_from_the_csv_files(
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["experiment.py", "report"])
     experiment.main()
-    for name in ("steps", "flops", "paid_once", "outer_step"):
+    for name in ("steps", "flops", "paid_once", "outer_step", "ladder"):
         assert Image.open(tmp_path / f"{name}.png").width > 1500
     written = (RESULTS / "report.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == written
