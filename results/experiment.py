@@ -469,11 +469,11 @@ for arm in PRETRAINED:
     QUESTIONS.append(Question(text, "maml", [arm], STEPS))
 QUESTIONS += [
     Question("as worded: fewer steps", "maml", ["fine-tuned", "probed"], STEPS),
-    Question("fewer steps on the desired task alone", "maml", FINE_TUNED, ["step"]),
+    Question("fewer steps on the desired task alone", "maml", TUNED, ["step"]),
     Question("fewer FLOPs", "maml", TUNED, FLOPS),
     Question("fewer steps without MAML", "scratch", TUNED, STEPS),
     Question("fewer steps without MAML", "joint", TUNED, STEPS),
-    Question("fewer steps with source images", "maml-both", FINE_TUNED, STEPS),
+    Question("fewer steps with source images", "maml-both", TUNED, STEPS),
     Question("source images help", "maml-both", ["maml"], END),
     Question("better than fine-tuning", "maml", FINE_TUNED, END),
     Question("better than nothing", "maml", ["scratch"], END),
@@ -498,6 +498,27 @@ QUESTIONS += [
     ),
     Question("better than fine-tuning", "maml", ["fine-tuned"], END),
     Question("several tasks help", "maml", ["colorization"], END),
+    Question("pretraining pays", "fine-tuned", ["scratch"], END),
+    Question("better than fine-tuning", "maml-both", ["fine-tuned"], END),
+    Question("better than fine-tuning", "learned-labels", ["fine-tuned"], END),
+    Question(
+        "from the pretrained weights: fewer steps on the desired task",
+        "maml-pretrained",
+        ["fine-tuned", "joint-pretrained"],
+        ["step"],
+    ),
+    Question(
+        "from the pretrained weights: better than fine-tuning",
+        "maml-pretrained",
+        ["fine-tuned", "joint-pretrained"],
+        END,
+    ),
+    Question(
+        "from the pretrained weights: better than fine-tuning",
+        "joint-pretrained",
+        ["fine-tuned"],
+        END,
+    ),
 ]
 
 

@@ -198,9 +198,12 @@ def test_targets_are_in_order_and_those_of_the_reference_in_the_csv_files():
     """60, 80 and 95% of the way from chance to the fine-tuned arm's mean end."""
     results = Path(judge.__file__).parent
     paths = [results / f"{name}.csv" for name in judge.TARGETS]
-    for name, arms in compare.group(compare.read(paths)).items():
+    groups = compare.group(compare.read(paths))
+    if "few" in groups:  # fixed before its runs, on validation images
+        groups["few"] = compare.group(compare.read([results / "gate.csv"]))["gate"]
+    for name, arms in groups.items():
         reference = arms.get("fine-tuned") or arms["fine-tuned-25"]
         end = 100 * np.mean([run.log["accuracy"][-1] for run in reference])
-        chance = 50 if "fine-tuned" in arms else 10
+        chance = 50 if name in ("environments", "tinted") else 10
         ways = [round(chance + way * (end - chance)) for way in compare.WAY]
         assert judge.TARGETS[name] == tuple(ways)
