@@ -279,7 +279,7 @@ LEARNED_SETTINGS = [
 ]
 READER_SETTINGS = [f"--lr {lr}" for lr in RATES]
 READER_TRIALS = {
-    "context": Trials("results/readers.py --reader context", READER_SETTINGS, 0),
+    "context": Trials("results/readers.py --reader context", READER_SETTINGS, 3),
     "inferred": Trials("results/readers.py --reader inferred", READER_SETTINGS, 0),
     "learned-labels": Trials(
         "maml_ssl.py --pretext learned_labels", LEARNED_SETTINGS, 1
