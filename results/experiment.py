@@ -271,7 +271,8 @@ for task in pretext.LEARNED:
 # --- what is run: who reads a support set, and how? ---
 # On coloured_shapes, whose images are drawn anew for each seed. Eight settings for each
 # reader (seed 100, validation images of the training environments, mean of the last
-# three evaluations); with the other sizes of the support the same one.
+# three evaluations), four for `inferred`, where all were alike; with the other sizes
+# of the support the same one.
 HORIZON = "--dataset coloured_shapes --steps 1000"
 LEARNED_SETTINGS = [
     f"--lr {lr} --inner-lr {inner_lr} --pretext-weight 0"
@@ -280,7 +281,7 @@ LEARNED_SETTINGS = [
 READER_SETTINGS = [f"--lr {lr}" for lr in RATES]
 READER_TRIALS = {
     "context": Trials("results/readers.py --reader context", READER_SETTINGS, 3),
-    "inferred": Trials("results/readers.py --reader inferred", READER_SETTINGS, 0),
+    "inferred": Trials("results/readers.py --reader inferred", READER_SETTINGS, 3),
     "learned-labels": Trials(
         "maml_ssl.py --pretext learned_labels", LEARNED_SETTINGS, 1
     ),
