@@ -921,8 +921,8 @@ def merge(path: Path, header: str, found: Rows) -> None:
     path.write_text("\n".join([header, *lines, ""]), encoding="utf-8")
 
 
-def gather(name: str, out: Path) -> None:
-    """The logs of a protocol's finished runs -> results/NAME.csv.
+def gather(name: str, out: Path, only: list[str]) -> None:
+    """The logs of a protocol's finished runs, or of some -> results/NAME.csv.
 
     With several environments also results/NAME_support.csv, measured now.
     """
@@ -936,6 +936,8 @@ def gather(name: str, out: Path) -> None:
             print(f"{folder} is not finished and left out")
             continue
         run, seed = folder.parts[-2], folder.name.removeprefix("seed")
+        if only and run not in only:
+            continue
         rows = log.read_text().splitlines()[1:]
         logs[run, seed] = [f"{run},{seed},{row}" for row in rows]
         if name in SEVERAL:
@@ -1309,7 +1311,7 @@ def main() -> None:
     if args.what == "run":
         sys.exit(run_protocol(args.protocol, args.out, args.jobs, args.only) > 0)
     elif args.what == "gather":
-        gather(args.protocol, Path(args.out))
+        gather(args.protocol, Path(args.out), args.only)
     else:
         report()
 

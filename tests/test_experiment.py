@@ -155,7 +155,7 @@ def test_validation_images_of_few_labels_are_no_training_images(tmp_path, monkey
 # --- the CSV files ---
 def gather(name, tmp_path):
     """The lines of results/NAME.csv in tmp_path, gathered from tmp_path/runs."""
-    experiment.gather(name, tmp_path / "runs")
+    experiment.gather(name, tmp_path / "runs", [])
     return (tmp_path / f"{name}.csv").read_text().splitlines()
 
 
