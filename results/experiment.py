@@ -133,10 +133,10 @@ for arm, lr, weight in GRID:
 
 # --- what is run: few labels, so that pretraining pays ---
 # 25 labels per class, 16 x 16, width 8; every 2% of a run an evaluation, on 2,000 test
-# images.
-# Chosen on 2,000 training images outside the label budget (cifar10-few-val, seed 100),
-# mean of the last three evaluations. The gate, over the seeds 100 to 102: fine-tuned at least 3 points above from scratch. MAML and joint training
-# are tried with a quarter of the steps, and less often: a step is dear.
+# images. Chosen on 2,000 training images outside the label budget (cifar10-few-val,
+# seed 100), mean of the last three evaluations. The gate, over the seeds 100 to 102:
+# fine-tuned at least 3 points above from scratch. MAML and joint training are tried
+# with a quarter of the steps, and less often: a step is dear.
 FEW_STEPS = 3000
 FEW = "--source data/tiny-imagenet-32 --image-size 16 --width 8"
 FEW += f" --steps {FEW_STEPS}"
