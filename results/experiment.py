@@ -168,9 +168,9 @@ FEW_JOINT = [
 ]
 FEW_RATES = [f"--lr {lr}" for lr in (".0005", ".001", ".002", ".004", ".008")]
 FEW_TRIALS = {
-    "fine-tuned": Trials("pretrain_finetune.py", FEW_PRETRAINING, 0),
+    "fine-tuned": Trials("pretrain_finetune.py", FEW_PRETRAINING, 8),
     "probed": Trials("linear_probe.py", FEW_PRETRAINING, 0),
-    "scratch": Trials(FROM_SCRATCH, FEW_RATES, 2),
+    "scratch": Trials(FROM_SCRATCH, FEW_RATES, 3),
     "maml": Trials("maml_ssl.py", FEW_INNER, 0),
     "joint": Trials(JOINT, FEW_JOINT, 0),
 }
