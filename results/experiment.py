@@ -197,13 +197,14 @@ GATE = {arm: f"{FEW_ARMS[arm]}-val" for arm in ("fine-tuned", "scratch")}
 FEW_ARMS["maml-both"] = f"{FEW_ARMS['maml']} --pretext-images both"
 FEW_ARMS["learned-labels"] = f"{FEW_ARMS['maml']} --pretext learned_labels"
 FEW_ARMS["learned-labels"] += " --pretext-weight 0"
-# Started from the weights that the fine-tuned model starts from
+# Started from the weights that the fine-tuned model starts from, at its rate
 PRETRAIN = FEW_TRIALS["fine-tuned"].chosen.split("--pretrain-steps ")
 FEW_PRETRAINED = {"pretrained": f"{FEW_ARMS['fine-tuned']} --steps {PRETRAIN[1]}"}
 for arm in ("maml", "joint"):
-    start = "--encoder {out}/few/pretrained/seed{seed}/checkpoint.pt"
+    start = f"--encoder {{out}}/few/pretrained/seed{{seed}}/checkpoint.pt --lr .0005"
     start += f" --steps {FEW_STEPS - int(PRETRAIN[1])}"
     FEW_PRETRAINED[f"{arm}-pretrained"] = f"{FEW_ARMS[arm]} {start}"
+
 
 # --- what is run: several environments ---
 # Eight settings for each arm. Chosen is, with seed 100, the best mean accuracy over
