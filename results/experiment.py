@@ -201,7 +201,7 @@ FEW_ARMS["learned-labels"] += " --pretext-weight 0"
 PRETRAIN = FEW_TRIALS["fine-tuned"].chosen.split("--pretrain-steps ")
 FEW_PRETRAINED = {"pretrained": f"{FEW_ARMS['fine-tuned']} --steps {PRETRAIN[1]}"}
 for arm in ("maml", "joint"):
-    start = f"--encoder {{out}}/few/pretrained/seed{{seed}}/checkpoint.pt --lr .0005"
+    start = "--encoder {out}/few/pretrained/seed{seed}/checkpoint.pt --lr .0005"
     start += f" --steps {FEW_STEPS - int(PRETRAIN[1])}"
     FEW_PRETRAINED[f"{arm}-pretrained"] = f"{FEW_ARMS[arm]} {start}"
 
