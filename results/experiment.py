@@ -180,10 +180,10 @@ FEW_JOINT = [
 FEW_RATES = [f"--lr {lr}" for lr in (".0005", ".001", ".002", ".004", ".008")]
 FEW_TRIALS = {
     "fine-tuned": Trials("pretrain_finetune.py", FEW_PRETRAINING, 8),
-    "probed": Trials("linear_probe.py", FEW_PRETRAINING, 0),
+    "probed": Trials("linear_probe.py", FEW_PRETRAINING, 7),
     "scratch": Trials(FROM_SCRATCH, FEW_RATES, 3),
-    "maml": Trials("maml_ssl.py", FEW_INNER, 0),
-    "joint": Trials(JOINT, FEW_JOINT, 0),
+    "maml": Trials("maml_ssl.py", FEW_INNER, 5),
+    "joint": Trials(JOINT, FEW_JOINT, 4),
 }
 TUNE_FEW, FEW_ARMS = {}, {}
 for arm, trials in FEW_TRIALS.items():
@@ -199,11 +199,13 @@ FEW_ARMS["learned-labels"] = f"{FEW_ARMS['maml']} --pretext learned_labels"
 FEW_ARMS["learned-labels"] += " --pretext-weight 0"
 # Started from the weights that the fine-tuned model starts from, at its rate
 PRETRAIN = FEW_TRIALS["fine-tuned"].chosen.split("--pretrain-steps ")
-FEW_PRETRAINED = {"pretrained": f"{FEW_ARMS['fine-tuned']} --steps {PRETRAIN[1]}"}
+FEW_ARMS["fine-tuned"] += " --eval-every 15"  # its steps on the desired task are few
+FEW_FIRST = {"pretrained": f"{FEW_ARMS['fine-tuned']} --steps {PRETRAIN[1]}"}
+FEW_LAST = {}
 for arm in ("maml", "joint"):
     start = "--encoder {out}/few/pretrained/seed{seed}/checkpoint.pt --lr .0005"
     start += f" --steps {FEW_STEPS - int(PRETRAIN[1])}"
-    FEW_PRETRAINED[f"{arm}-pretrained"] = f"{FEW_ARMS[arm]} {start}"
+    FEW_LAST[f"{arm}-pretrained"] = f"{FEW_ARMS[arm]} {start} --eval-every 15"
 
 
 # --- what is run: several environments ---
@@ -443,7 +445,7 @@ PROTOCOLS = {
     "learned": Protocol(range(3), LEARNED),
     "tune-few": Protocol(TUNING[:1], TUNE_FEW),
     "gate": Protocol(TUNING, GATE),
-    "few": Protocol(range(5), FEW_ARMS | FEW_PRETRAINED),
+    "few": Protocol(range(5), FEW_FIRST | FEW_ARMS | FEW_LAST),
     "tune-readers": Protocol(TUNING[:1], TUNE_READERS),
     "readers": Protocol(range(10, 20), {arm: READERS[arm] for arm in PRIMARY}),
     "readers-more": Protocol(range(10, 15), MORE),
