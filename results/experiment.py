@@ -1186,7 +1186,7 @@ def answers() -> list[reading.Answer]:
 def who_reads(groups: dict[str, compare.Arms]) -> list[str]:
     """The parts of the report on who reads a support set."""
     parts, found = [], found_in("readers")
-    if rows := reading.contrast_rows(answers()):
+    if rows := reading.contrast_rows(answers(), len(CONTRASTS)):
         parts += ["## The four contrasts", as_table(reading.CONTRAST_HEAD, rows)]
     if found:
         flops = reading.flops_of(together(groups, READING_NAMES))

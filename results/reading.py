@@ -111,11 +111,14 @@ def paired(mine: Seeds, others: Seeds) -> np.ndarray:
     return np.array([x - others[seed] for seed, x in mine.items() if seed in others])
 
 
-def contrast_rows(answers: list[Answer]) -> list[list[str]]:
-    """Differences with their p values, corrected for their number (Holm)."""
+def contrast_rows(answers: list[Answer], number: int) -> list[list[str]]:
+    """Differences with p values, corrected for the `number` of contrasts (Holm).
+
+    Those that were not run yet count as the least significant.
+    """
     ps = [judge.p_value(answer.differences) for answer in answers]
-    rows = []
-    for answer, p, corrected in zip(answers, ps, judge.holm(ps), strict=True):
+    rows, holm = [], judge.holm([*ps, *[1.0] * (number - len(ps))])
+    for answer, p, corrected in zip(answers, ps, holm, strict=False):
         mean, half = compare.mean_interval(answer.differences)
         seeds = len(answer.differences)
         word = "undecided"

@@ -175,7 +175,7 @@ def test_the_part_of_the_way_is_paired_by_seed(tmp_path):
 def test_contrasts_are_corrected_for_their_number():
     clear = reading.Answer("clear", 5 + torch.tensor([0.1, -0.1, 0, 0.2, -0.2]).numpy())
     vague = reading.Answer("vague", torch.tensor([0.5, -0.4, 0.2, -0.3, 0.1]).numpy())
-    rows = reading.contrast_rows([clear, vague])
+    rows = reading.contrast_rows([clear, vague], 3)
     assert rows[0][2].startswith("+5.0") and rows[0][5] == "above"
     assert rows[1][5] == "undecided" and rows[1][6] == "yes"
-    assert float(rows[0][4]) == pytest.approx(2 * float(rows[0][3]), rel=0.1)
+    assert float(rows[0][4]) == pytest.approx(3 * float(rows[0][3]), rel=0.1)
