@@ -977,19 +977,23 @@ class Look(NamedTuple):
     line: str = "-"
 
 
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ARMS = {
-    "maml": Look("MAML", "#0072B2", "o"),
-    "joint": Look("joint training", "#CC79A7", "s"),
+    "maml": Look("MAML", BLUE, "o"),
+    "maml-128": Look("MAML, adapted", BLUE, "o"),
+    "context-128": Look("context network", "#E69F00", "P"),
+    "told": Look("environment told", "#56B4E9", "X"),
+    "joint": Look("joint training", PURPLE, "s"),
     "scratch": Look("from scratch", "#000000", "D", "--"),
-    "fine-tuned": Look("fine-tuned", "#D55E00", "^"),
-    "fine-tuned-25": Look("fine-tuned", "#D55E00", "^"),  # validation prefers these
-    "probed": Look("probed", "#009E73", "v"),
-    "probed-75": Look("probed", "#009E73", "v"),
+    "fine-tuned": Look("fine-tuned", ORANGE, "^"),
+    "fine-tuned-25": Look("fine-tuned", ORANGE, "^"),  # validation prefers these
+    "probed": Look("probed", GREEN, "v"),
+    "probed-75": Look("probed", GREEN, "v"),
 }
 PANELS = {
-    "photos": "images of one distribution\n(CIFAR-10)",
-    "environments": "several environments\n(drawn shapes)",
-    "tinted": "several environments\n(photographs, tinted)",
+    "one distribution\n(CIFAR-10, 500 labels a class)": ("photos",),
+    "one distribution\n(CIFAR-10, 25 labels a class)": ("few",),
+    "drawn environments\n(coloured shapes)": ("readers", "readers-more"),
 }
 
 
@@ -1006,17 +1010,18 @@ def draw_answer(groups: dict[str, compare.Arms], column: str, path: Path) -> Non
     with rc_context(compare.STYLE):
         figure = Figure((9.6, 2.9), layout="constrained")
         axes = figure.subplots(1, len(PANELS))
-        for ax, (name, title) in zip(axes, PANELS.items(), strict=True):
-            curves = []
+        for ax, (title, names) in zip(axes, PANELS.items(), strict=True):
+            arms, curves = together(groups, names), []
             for arm, (label, colour, marker, line) in ARMS.items():
-                runs, y = groups[name].get(arm), "accuracy"
+                runs, y = arms.get(arm), "accuracy"
                 if runs is None:
                     continue
-                if arm == "maml" and name in SEVERAL:
-                    label, y = "MAML, adapted", "accuracy_adapted"
-                look = {"colours": {label: colour}, "marker": marker, "ls": line}
+                if arm == "maml-128":
+                    y = "accuracy_adapted"
+                look = {"colours": {label: colour}, "ls": line}
+                look |= {"marker": marker, "markevery": len(runs[0].log) // 10}
                 curves += compare.draw(ax, {label: runs}, column, y, **look)
-            if name in SEVERAL:
+            if "readers" in names:
                 draw_limits(ax)
             ax.set(title=title, ylabel="test accuracy (%)")
             compare.label_ends(ax, curves)
@@ -1309,7 +1314,6 @@ def report() -> None:
     (RESULTS / "report.md").write_text(text, encoding="utf-8")
     draw_answer(groups, "total_step", RESULTS / "steps.png")
     draw_answer(groups, "flops", RESULTS / "flops.png")
-    draw_answer(groups, "step", RESULTS / "paid_once.png")
     draw_step(RESULTS / "outer_step.png")
     reading.draw_ladder(panels(groups), RESULTS / "ladder.png")
     print(text, end="")

@@ -265,7 +265,7 @@ def test_one_command_draws_every_figure_and_table_from_the_csv_files(
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["experiment.py", "report"])
     experiment.main()
-    for name in ("steps", "flops", "paid_once", "outer_step", "ladder"):
+    for name in ("steps", "flops", "outer_step", "ladder"):
         assert Image.open(tmp_path / f"{name}.png").width > 1500
     written = (RESULTS / "report.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == written
