@@ -952,8 +952,8 @@ def gather(name: str, out: Path, only: list[str]) -> None:
             print(f"{folder} is not finished and left out")
             continue
         run, seed = folder.parts[-2], folder.name.removeprefix("seed")
-        if only and run not in only:
-            continue
+        if run in FEW_FIRST or (only and run not in only):
+            continue  # the former are weights to start from, no arm
         rows = log.read_text().splitlines()[1:]
         logs[run, seed] = [f"{run},{seed},{row}" for row in rows]
         if name in SEVERAL:
@@ -1019,7 +1019,7 @@ def draw_answer(groups: dict[str, compare.Arms], column: str, path: Path) -> Non
                 if arm == "maml-128":
                     y = "accuracy_adapted"
                 look = {"colours": {label: colour}, "ls": line}
-                look |= {"marker": marker, "markevery": len(runs[0].log) // 10}
+                look |= {"marker": marker, "markevery": max(1, len(runs[0].log) // 10)}
                 curves += compare.draw(ax, {label: runs}, column, y, **look)
             if "readers" in names:
                 draw_limits(ax)
@@ -1214,8 +1214,8 @@ ONE_RUNGS = [
     ("maml", "MAML, four tasks", "inner loop"),
     ("maml-both", "MAML, source images too", "inner loop"),
     ("learned-labels", "MAML, learned labels", "inner loop"),
-    ("joint-pretrained", "joint, from pretrained", "one image"),
-    ("maml-pretrained", "MAML, from pretrained", "inner loop"),
+    ("joint-pretrained", "joint, from pretrained*", "one image"),
+    ("maml-pretrained", "MAML, from pretrained*", "inner loop"),
 ]
 SHAPE_RUNGS = [
     ("fine-tuned", "pretrained, fine-tuned", "one image"),
