@@ -189,8 +189,9 @@ def draw_ladder(panels: list[Panel], path: Path) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, panel in zip(axes, panels, strict=True):
             draw_panel(ax, panel)
-        marks = []
+        used, marks = {rung.kind for panel in panels for rung in panel.rungs}, []
         for kind, colour in KINDS.items():
-            marks += axes[0].plot([], [], "o", color=colour, label=kind)
+            if kind in used:
+                marks += axes[0].plot([], [], "o", color=colour, label=kind)
         figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, dpi=300)
