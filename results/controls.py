@@ -31,7 +31,9 @@ class DetachedLabels(pretext.LearnedLabels):
         return F.cross_entropy(answers, labels.detach().softmax(1))
 
 
-pretext.TASKS["detached_labels"] = DetachedLabels
+def add_tasks() -> None:
+    """Makes the tasks of this file known to --pretext, and to what loads a run."""
+    pretext.TASKS["detached_labels"] = DetachedLabels
 
 
 def normalised_weights(losses: Tensor, weights: maml_ssl.Weights) -> Tensor:
@@ -49,5 +51,6 @@ def normalised_weights(losses: Tensor, weights: maml_ssl.Weights) -> Tensor:
 
 
 if __name__ == "__main__":
+    add_tasks()
     maml_ssl.nash_weights = normalised_weights
     maml_ssl.start(maml_ssl.main)

@@ -38,7 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import maml_ssl
 import pretext
-from results import controls  # noqa: F401  (its runs are loaded here, too)
+from results import controls
 
 # The environment of training whose rule an environment of coloured_shapes has: in the
 # new one colour goes with the label as in the first
@@ -259,6 +259,8 @@ def load(folder: Path, **settings: float) -> Finished:
         model = make_reader(args)
         model.load_state_dict({k: v for k, v in weights.items() if k != "n_averaged"})
         return Finished(args, partial(predict_with, model, args, args.mirror))
+    if "detached_labels" in state["tasks"]:
+        controls.add_tasks()
     tasks = pretext.restore_tasks(state["tasks"]) if args.arm == "maml_ssl" else {}
     model = maml_ssl.make_model(args, {"target": len(args.classes)}, tasks)
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
