@@ -138,11 +138,9 @@ for arm, lr, weight in GRID:
 # fine-tuned at least 3 points above from scratch. MAML and joint training are tried
 # with a quarter of the steps, and less often: a step is dear.
 FEW_STEPS = 3000
-FEW = "--source data/tiny-imagenet-32 --image-size 16 --width 8"
-FEW += f" --steps {FEW_STEPS}"
-FEW += (
-    f" --labels-per-class 25 --eval-every {FEW_STEPS // 50} --dataset data/cifar10-few"
-)
+FEW = f"--source data/tiny-imagenet-32 --image-size 16 --width 8 --steps {FEW_STEPS}"
+FEW += f" --labels-per-class 25 --eval-every {FEW_STEPS // 50}"
+FEW += " --dataset data/cifar10-few"  # -val is added to this
 FEW_PRETRAINING = [
     f"--lr {lr} --pretrain-steps {share * FEW_STEPS // 8}"
     for lr, share in product((".001", ".002"), (4, 6, 7))
@@ -327,12 +325,9 @@ READERS = {
     "batchnorm-128": f"{READING['context']} --reader batchnorm {HORIZON}",
     "no-pretext-loss": f"{SHAPES['maml']} --pretext-weight 0",
     "nash": f"{SHAPES['maml']} --balance nash",
-    "normalised": f"{SHAPES['maml']} --balance nash",
     "first-order": SHAPES["first-order"],
 }
-READERS["normalised"] = READERS["normalised"].replace(
-    "maml_ssl.py", "results/controls.py"
-)
+READERS["normalised"] = READERS["nash"].replace("maml_ssl.py", "results/controls.py")
 for arm in ("learned-labels", "learned-loss"):
     for size in (32, 128):
         READERS[f"{arm}-{size}"] = f"{READING[arm]} {HORIZON} {SUPPORT} {size}"
@@ -352,8 +347,7 @@ PRIMARY = [
 ]
 MORE = {arm: command for arm, command in READERS.items() if arm not in PRIMARY}
 MORE |= NOT_READING
-# The baselines with the FLOPs of maml-128, and the step at which validation (seed 100)
-# is best
+# The baselines with the FLOPs of maml-128; dear-tune says at which step to stop
 DEAR = {
     "scratch-long": f"{SHAPES['scratch']} --steps 8800",
     "joint-long": f"{SHAPES['joint']} --steps 2400",
@@ -457,9 +451,7 @@ PROTOCOLS = {
     "sites-inf": Protocol(
         range(10, 13), at_sites({arm: SITES_ARMS[arm] for arm in DOSE}, "inf")
     ),
-    "dear-tune": Protocol(
-        TUNING[:1], {k: f"{v} {VALIDATION}" for k, v in DEAR.items()}
-    ),
+    "dear-tune": Protocol(TUNING[:1], DEAR_TRIALS),
     "dear": Protocol(range(10, 13), DEAR),
 }
 
@@ -1257,10 +1249,7 @@ SITE_RUNGS = [  # run, way, ...
 def panels(groups: dict[str, compare.Arms]) -> list[reading.Panel]:
     """The panels of the ladder, of what was run."""
     Rung, found = reading.Rung, []
-    one, title = groups.get("few"), "one distribution\n(CIFAR-10, 25 labels a class)"
-    if one is None:
-        title = "one distribution\n(CIFAR-10, 500 labels a class)"
-        one = {arm.removesuffix("-25"): runs for arm, runs in groups["photos"].items()}
+    one, title = groups["few"], "one distribution\n(CIFAR-10, 25 labels a class)"
     flops, rungs = reading.flops_of(one), []
     for arm, label, kind in ONE_RUNGS:
         seeds = {run.seed: 100 * scores(run)[-1] for run in one.get(arm, [])}

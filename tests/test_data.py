@@ -872,3 +872,20 @@ def test_pictures_have_the_colours_shapes_and_labels_that_they_say():
         middle = [k.double().mean().round().long() for k in covered.nonzero().T]
         stars.append(covered[middle[0], middle[1]].item())
     assert (np.array(stars) == (shape == 0)).mean() > 0.8
+
+
+@pytest.mark.parametrize("name", ["shapes", "coloured_shapes"])
+def test_drawn_images_differ_by_seed(monkeypatch, name):
+    seeds, draw = [], getattr(pretext, f"draw_{name}")
+
+    def spy(*arguments):
+        seeds.append(arguments[-1])
+        return draw(*arguments)
+
+    monkeypatch.setattr(pretext, f"draw_{name}", spy)
+    first, *others = (pretext.load(name, "", 16, "cpu", seed=k) for k in range(3))
+    assert seeds == [0, 1, 2, 3, 4, 5]  # not even a test set is another's training set
+    assert pretext.load(name, "", 16, "cpu").train.images.equal(first.train.images)
+    for other in others:
+        assert not other.train.images.equal(first.train.images)
+        assert not other.test.images.equal(first.test.images)

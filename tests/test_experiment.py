@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_compare import write
 
@@ -81,6 +82,35 @@ def test_how_far_the_inner_loop_lowers_its_pretext_loss():
     table = experiment.lowered({"maml": maml, "joint": [joint]})
     assert table.splitlines()[2:] == ["| maml | 0.0 ± 317.7 |"]
     assert experiment.lowered({"joint": [joint]}) == ""
+
+
+# --- what is shown to a reader ---
+def test_each_support_is_what_its_name_says():
+    images = torch.randint(0, 256, (90, 3, 8, 8), dtype=torch.uint8)
+    homes = torch.arange(90) % 3
+    split = pretext.Split(images, torch.zeros(90).long(), homes)
+    aside = torch.arange(90) < 60  # 20 of each environment
+    data = pretext.Data(None, None, [], [], unlabelled=split, aside=aside)
+
+    def seen(environment, support):
+        return experiment.seen(data, environment, support, 0)
+
+    for environment, differs_most in enumerate((1, 2, 1)):
+        own = seen(environment, "own")
+        assert own.environment == environment
+        assert own.chosen.equal(aside & (homes == environment))
+        assert own.split.images.equal(images)
+        other = seen(environment, "other")
+        assert other.chosen.equal(aside & (homes == differs_most))
+        few = seen(environment, "own-8")
+        assert few.chosen.sum() == 8 and (own.chosen | ~few.chosen).all()
+        assert seen(environment, "own-32").chosen.equal(own.chosen)  # all there are
+        shuffled = seen(environment, "shuffled")
+        assert shuffled.chosen.equal(own.chosen)
+        assert shuffled.split.images[1::2].equal(images[1::2])
+        assert shuffled.split.images[::2, 0].equal(images[::2, 1])
+        assert shuffled.split.images[::2, 1].equal(images[::2, 0])
+        assert (seen(environment, "constant").split.images == 128).all()
 
 
 # --- folders of environments ---
