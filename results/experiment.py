@@ -358,24 +358,25 @@ DEAR_TRIALS = {arm: f"{command} {VALIDATION}" for arm, command in DEAR.items()}
 # --- what is run: sites, natural photographs with class frequencies of their own ---
 # CIFAR-10 at 16 x 16, 32 sites of 1,000 images, tested on these and on 8 new ones; the
 # lower the concentration, the more they differ. The sites are drawn with the seed.
-# Two trials of four arms (seed 100, the training sites' validation images): what was
+# Four trials of four arms (seed 100, the training sites' validation images): what was
 # chosen also gives the temperature of the runs whose name begins so.
 SITES = "--environments --image-size 16 --width 16 --batch-size 128 --steps 1000"
 SITES_SOURCE = "--source data/tiny-imagenet-32"
 LEARNED_LABELS = "maml_ssl.py --pretext learned_labels --pretext-weight 0"
+CONTRASTIVE = "maml_ssl.py --pretext contrastive --lr .001 --pretext-weight .1"
+SITES_RATES = [f"--lr {lr}" for lr in (".001", ".0005", ".002", ".003")]
+SITES_LABELS = [
+    "--lr .001 --inner-lr 1",
+    "--lr .001 --inner-lr .3",
+    "--lr .002 --inner-lr 1",
+    "--lr .001 --inner-lr 3",
+]
+SITES_INNER = [f"--inner-lr {inner_lr}" for inner_lr in ("1", ".1", ".3", "3")]
 SITES_TRIALS = {
-    "scratch": Trials(FROM_SCRATCH, ["--lr .001", "--lr .003"], 0),
-    "context": Trials(
-        "results/readers.py --reader context", ["--lr .001", "--lr .0005"], 0
-    ),
-    "learned-labels": Trials(
-        LEARNED_LABELS, ["--lr .001 --inner-lr 1", "--lr .001 --inner-lr .3"], 0
-    ),
-    "contrastive": Trials(
-        "maml_ssl.py --pretext contrastive --lr .001 --pretext-weight .1",
-        ["--inner-lr 1", "--inner-lr .1"],
-        0,
-    ),
+    "scratch": Trials(FROM_SCRATCH, SITES_RATES, 0),
+    "context": Trials("results/readers.py --reader context", SITES_RATES, 0),
+    "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 0),
+    "contrastive": Trials(CONTRASTIVE, SITES_INNER, 0),
 }
 SITES_BEST = {arm: f"{trials.chosen} {SITES}" for arm, trials in SITES_TRIALS.items()}
 SITES_ARMS = {
