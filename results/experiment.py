@@ -292,6 +292,17 @@ LEARNED_SETTINGS = [
     f"--lr {lr} --inner-lr {inner_lr} --pretext-weight 0"
     for lr, inner_lr in product((".001", ".002"), (".3", "1", "3", "10"))
 ]
+NEIGHBOURS = [
+    f"--lr {lr} --inner-lr {inner_lr} --pretext-weight {weight}"
+    for lr, inner_lr, weight in (
+        (".002", "3", ".1"),
+        (".004", "3", ".1"),
+        (".001", "3", ".1"),
+        (".002", "10", ".1"),
+        (".002", "1", ".1"),
+        (".002", "3", ".03"),
+    )
+]
 READER_SETTINGS = [f"--lr {lr}" for lr in RATES]
 READER_TRIALS = {
     "context": Trials("results/readers.py --reader context", READER_SETTINGS, 3),
@@ -300,6 +311,9 @@ READER_TRIALS = {
         "maml_ssl.py --pretext learned_labels", LEARNED_SETTINGS, 1
     ),
     "learned-loss": Trials("maml_ssl.py --pretext learned_loss", LEARNED_SETTINGS, 2),
+    # again, at this horizon: MAML by its neighbours, the first is what TRIALS chose
+    "random-labels": Trials(RANDOM, INNER_SETTINGS, 4),
+    "maml": Trials("maml_ssl.py", NEIGHBOURS, 0),
 }
 TUNE_READERS = {}
 for arm, trials in READER_TRIALS.items():
@@ -319,7 +333,7 @@ READERS = {
     "inferred-128": f"{READING['inferred']} {HORIZON} {SUPPORT} 128",
     "inferred-32": f"{READING['inferred']} {HORIZON} {SUPPORT} 32",
     "colorization-128": f"{SHAPES['colorization']} {SUPPORT} 128",
-    "random-labels-128": f"{SHAPES['random-labels']} {SUPPORT} 128",
+    "random-labels-128": f"{READING['random-labels']} {HORIZON} {SUPPORT} 128",
     # not tuned: the settings of the run above that is most like it
     "told": f"{READING['inferred']} --reader told {HORIZON}",
     "batchnorm-128": f"{READING['context']} --reader batchnorm {HORIZON}",
