@@ -372,7 +372,7 @@ DEAR_TRIALS = {arm: f"{command} {VALIDATION}" for arm, command in DEAR.items()}
 # --- what is run: sites, natural photographs with class frequencies of their own ---
 # CIFAR-10 at 16 x 16, 32 sites of 1,000 images, tested on these and on 8 new ones; the
 # lower the concentration, the more they differ. The sites are drawn with the seed.
-# Four trials of four arms (seed 100, the training sites' validation images): what was
+# Four trials of five arms (seed 100, the training sites' validation images): what was
 # chosen also gives the temperature of the runs whose name begins so.
 SITES = "--environments --image-size 16 --width 16 --batch-size 128 --steps 1000"
 SITES_SOURCE = "--source data/tiny-imagenet-32"
@@ -389,6 +389,7 @@ SITES_INNER = [f"--inner-lr {inner_lr}" for inner_lr in ("1", ".1", ".3", "3")]
 SITES_TRIALS = {
     "scratch": Trials(FROM_SCRATCH, SITES_RATES, 0),
     "context": Trials("results/readers.py --reader context", SITES_RATES, 0),
+    "prior": Trials("results/readers.py --reader prior", SITES_RATES, 0),
     "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 0),
     "contrastive": Trials(CONTRASTIVE, SITES_INNER, 0),
 }
@@ -399,6 +400,8 @@ SITES_ARMS = {
     "joint": f"{JOINT} --lr .001 --pretext-weight .1 {SITES}",
     "context-32": f"{SITES_BEST['context']} {SUPPORT} 32",
     "context-128": f"{SITES_BEST['context']} {SUPPORT} 128",
+    "prior-32": f"{SITES_BEST['prior']} {SUPPORT} 32",
+    "prior-128": f"{SITES_BEST['prior']} {SUPPORT} 128",
     "inferred-128": f"{SITES_BEST['context']} --reader inferred {SUPPORT} 128",
     "learned-labels-32": f"{SITES_BEST['learned-labels']} {SUPPORT} 32",
     "learned-labels-128": f"{SITES_BEST['learned-labels']} {SUPPORT} 128",
@@ -906,8 +909,10 @@ def run_one(command: list[str]) -> bool:
     return done.returncode != 0
 
 
-def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
-    """Runs a protocol, or some of its runs; returns how many failed."""
+def run_protocol(
+    name: str, out: str, jobs: int, only: list[str], some: list[int]
+) -> int:
+    """Runs a protocol, or some of its runs and seeds; returns how many failed."""
     for other, shares in OTHERS.items():
         folder = ROOT / "data" / f"coloured-{other}"
         draw = pretext.draw_coloured_shapes
@@ -922,7 +927,7 @@ def run_protocol(name: str, out: str, jobs: int, only: list[str]) -> int:
         _, is_one, concentration = name.partition("sites-")
         prepare_sites(concentration if is_one else "0.2", seeds)
     todo = []
-    for seed, run in product(seeds, only or commands):
+    for seed, run in product(some or seeds, only or commands):
         where = ["--seed", str(seed), "--out", f"{out}/{name}", "--name", run]
         todo.append([*commands[run].format(seed=seed, out=out).split(), *where])
     with ThreadPoolExecutor(jobs) as pool:
@@ -1255,6 +1260,8 @@ SITE_RUNGS = [  # run, way, ...
     ("learned-labels-128", "plain", "MAML, learned labels, 128", "inner loop"),
     ("context-32", "plain", "context network, 32", "shown, no inner loop"),
     ("context-128", "plain", "context network, 128", "shown, no inner loop"),
+    ("prior-32", "plain", "prior network, 32", "shown, no inner loop"),
+    ("prior-128", "plain", "prior network, 128", "shown, no inner loop"),
     ("inferred-128", "plain", "site inferred, 128", "shown, no inner loop"),
     ("scratch", "em", "from scratch, EM", "shown, no inner loop"),
     ("scratch", "known", "frequencies told", "told"),
@@ -1331,9 +1338,11 @@ def main() -> None:
     add("--out", default="runs", help="where runs are kept (runs)")
     add("--jobs", type=int, default=1, help="runs at once (1)")
     add("--only", nargs="+", default=[], help="these runs of the protocol")
+    add("--seeds", nargs="+", type=int, default=[], help="with these seeds alone")
     args = parser.parse_args()
     if args.what == "run":
-        sys.exit(run_protocol(args.protocol, args.out, args.jobs, args.only) > 0)
+        how = (args.out, args.jobs, args.only, args.seeds)
+        sys.exit(run_protocol(args.protocol, *how) > 0)
     elif args.what == "gather":
         gather(args.protocol, Path(args.out), args.only)
     else:

@@ -7,6 +7,8 @@ support of other training images of it, without labels. At evaluation the suppor
 what MAML adapts to. What they make of it:
 
 context    a code, a second network's mean output over the support (ARM-CML, 2007.02931)
+prior      a number a class, the same mean, added to the logits: it can say how frequent
+           each class is in the support, and no more
 inferred   the environment: a second network classifies each image's environment, the
            log-probabilities are added over the support, and the code of the winner is
            taken: prod p(e|x) ~ p(e|support), as images are independent given e and all
@@ -80,6 +82,16 @@ class Context(Reader):
         return self.classify(images, self.reader(scaled(support)).mean(0))
 
 
+class Prior(Reader):
+    def __init__(self, base, args):
+        super().__init__(base)
+        self.reader = second_network(args, args.n_classes)
+
+    def forward(self, support, environment, images):
+        logits = self.classifier(self.encoder(scaled(images)))
+        return logits + self.reader(scaled(support)).mean(0)
+
+
 class Told(Reader):
     def __init__(self, base, args):
         super().__init__(base)
@@ -146,6 +158,7 @@ class BatchNorm(nn.Module):
 
 READERS = {
     "context": Context,
+    "prior": Prior,
     "inferred": Inferred,
     "told": Told,
     "batchnorm": BatchNorm,

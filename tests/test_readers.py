@@ -41,12 +41,21 @@ def test_what_is_said_of_an_image_does_not_depend_on_the_other_images(reader):
     assert torch.allclose(model(support, 0, query), torch.cat(alone), atol=1e-5)
 
 
-@pytest.mark.parametrize("reader", ["context", "batchnorm"])
+@pytest.mark.parametrize("reader", ["context", "prior", "batchnorm"])
 def test_it_reads_the_support_as_a_set(reader):
     model, support, query = make(reader), images(8), images(5, seed=1)
     said = model(support, 0, query)
     assert torch.allclose(model(support.flip(0), 1, query), said, atol=1e-5)
     assert not torch.allclose(model(support.square(), 0, query), said, atol=1e-3)
+
+
+def test_a_prior_says_the_same_of_all_images():
+    model, support, query = make("prior"), images(8), images(5, seed=1)
+    shift = model(support, 0, query) - model.classifier(
+        model.encoder(readers.scaled(query))
+    )
+    assert torch.allclose(shift, shift[:1].expand(5, 3), atol=1e-5)
+    assert torch.allclose(shift[0], model.reader(readers.scaled(support)).mean(0))
 
 
 def test_inference_of_the_true_environment_is_the_told_network(monkeypatch):
