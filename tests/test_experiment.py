@@ -14,7 +14,7 @@ import compare
 import maml_ssl
 import pretext
 import pretrain_finetune
-from results import experiment, readers
+from results import experiment, folders, measure, readers
 
 RESULTS = experiment.RESULTS
 
@@ -93,7 +93,7 @@ def test_each_support_is_what_its_name_says():
     data = pretext.Data(None, None, [], [], unlabelled=split, aside=aside)
 
     def seen(environment, support):
-        return experiment.seen(data, environment, support, 0)
+        return measure.seen(data, environment, support, 0)
 
     for environment, differs_most in enumerate((1, 2, 1)):
         own = seen(environment, "own")
@@ -123,7 +123,7 @@ def write_few(folder, draw, part):
     def few(count, shares, split):
         return draw(count // part, shares, split)
 
-    experiment.write_environments(folder, few, SHARES)
+    folders.write_environments(folder, few, SHARES)
 
 
 def load(folder, data_dir, side=32):
@@ -138,8 +138,8 @@ def test_the_folder_of_other_environments_has_their_shares(tmp_path, monkeypatch
         folder.mkdir(parents=True)
         for i in range(35):
             Image.new("RGB", (32, 32), (200, 90, 140)).save(folder / f"{i}.png")
-    monkeypatch.setattr(experiment, "ROOT", tmp_path)
-    module = experiment if draw == "draw_tinted" else pretext
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    module = folders if draw == "draw_tinted" else pretext
     write_few(tmp_path / "f", getattr(module, draw), 50)
     train, test, classes, *_ = load(tmp_path / "f", tmp_path / "decoded")
     assert classes == ["class0", "class1"]
@@ -161,9 +161,9 @@ def test_validation_images_of_few_labels_are_no_training_images(tmp_path, monkey
             for i in range(count):
                 colour = (i, count, 100 * (kind == "cat"))
                 Image.new("RGB", (32, 32), colour).save(folder / f"{i:02}.png")
-    monkeypatch.setattr(experiment, "ROOT", tmp_path)
-    experiment.prepare_few()
-    experiment.prepare_few()  # what is there stays
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    folders.prepare_few()
+    folders.prepare_few()  # what is there stays
 
     def names(folder):
         return {path.relative_to(folder) for path in folder.rglob("*.png")}
@@ -247,7 +247,7 @@ def test_what_is_measured_after_training_is_what_the_run_itself_measured(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
-    monkeypatch.setattr(experiment, "product", lambda *_: [(0.1, 1), (3.0, 2)])
+    monkeypatch.setattr(measure, "product", lambda *_: [(0.1, 1), (3.0, 2)])
     write_few(tmp_path / "f", pretext.draw_coloured_shapes, 100)
     runs = tmp_path / "runs"
     maml, joint, scratch, context = (
@@ -266,7 +266,7 @@ def test_what_is_measured_after_training_is_what_the_run_itself_measured(
         rows = list(csv.reader(file))[1:]
     measured = {(row[0], row[2]): [float(cell) for cell in row[5:]] for row in rows}
     rates = {(row[0], row[2]): (float(row[3]), int(row[4])) for row in rows}
-    supports = ["own", *experiment.FEWER, *experiment.BREAKS]
+    supports = ["own", *measure.FEWER, *measure.BREAKS]
     assert [*measured] == [
         *product(["context"], supports),
         *product(["joint", "maml"], ["none", *supports]),
