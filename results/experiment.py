@@ -153,7 +153,7 @@ CONTRASTS = [
     ),
 ]
 # protocols with several environments
-SEVERAL = ("environments", "tinted", "readers", "readers-more", "dear")
+SEVERAL = ("environments", "tinted", "readers", "readers-more")
 # Mean over the three environments (%). A rule for one image can reach CEILING at most:
 # a quarter of the labels is flipped, and colour agrees with only 60% of them. One that
 # knows the environment can reach KNOWING: there it follows the colour, which in 80, 10
@@ -425,7 +425,7 @@ def support_tables(path: Path) -> str:
     return f"{accuracies}\n\n{answers}\n{last}"
 
 
-READING_NAMES = ("readers", "readers-more", "dear")
+READING_NAMES = ("readers", "readers-more")
 SITES_NAMES = ("sites-0.2", "sites-1.0", "sites-inf")
 
 
@@ -460,6 +460,18 @@ def answers() -> list[reading.Answer]:
     return rows
 
 
+def longer(groups: dict[str, compare.Arms]) -> list[list[str]]:
+    """Runs with about MAML's FLOPs, stopped where validation says."""
+    trials, rows = groups.get("dear-tune", {}), []
+    shapes = ("dear", "", "readers", "maml-128")
+    for name, prefix, others, maml in (shapes, ("tinted", "tinted-", "tinted", "maml")):
+        for arm, runs in groups.get(name, {}).items():
+            if trial := trials.get(f"{prefix}{arm}"):
+                unit = groups[others][maml][0].log["flops"][-1]
+                rows.append(reading.long_row(f"{prefix}{arm}", trial[0], runs, unit))
+    return rows
+
+
 def who_reads(groups: dict[str, compare.Arms]) -> list[str]:
     """The parts of the report on who reads a support set."""
     parts, found = [], found_in("readers")
@@ -470,6 +482,9 @@ def who_reads(groups: dict[str, compare.Arms]) -> list[str]:
         rows = reading.support_rows(found, flops)
         parts += ["## Ways to read a support set: coloured_shapes, 1,000 steps"]
         parts.append(as_table(reading.SUPPORT_HEAD, rows))
+    if rows := longer(groups):
+        parts += ["## Longer runs of those that do not read"]
+        parts.append(as_table(reading.LONG_HEAD, rows))
     for name in SITES_NAMES:
         if (path := RESULTS / f"{name}_ways.csv").exists():
             rows = reading.site_rows(path, reading.flops_of(groups[name]))

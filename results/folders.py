@@ -92,7 +92,7 @@ def prepare(name: str) -> None:
         draw = pretext.draw_coloured_shapes
         if other == "photographs":
             draw = draw_tinted
-        if name in ("where", "tinted") and not folder.exists():
+        if name in ("where", "tinted", "dear-tune") and not folder.exists():
             write_environments(folder, draw, shares)
     if "few" in name or name == "gate":
         prepare_few()

@@ -327,13 +327,13 @@ PRIMARY = [
 ]
 MORE = {arm: command for arm, command in READERS.items() if arm not in PRIMARY}
 MORE |= NOT_READING
-# The baselines with the FLOPs of maml-128; dear-tune says at which step to stop
+# The baselines with the FLOPs of maml-128; where to stop is chosen on the validation
+# images of dear-tune. From scratch on tinted photographs too (TINTED).
 DEAR = {
     "scratch-long": f"{SHAPES['scratch']} --steps 8800",
     "joint-long": f"{SHAPES['joint']} --steps 2400",
     "fine-tuned-long": f"{SHAPES['fine-tuned']} --steps 8800 --pretrain-steps 3960",
 }
-DEAR_TRIALS = {arm: f"{command} {VALIDATION}" for arm, command in DEAR.items()}
 
 # --- what is run: sites, natural photographs with class frequencies of their own ---
 # CIFAR-10 at 16 x 16, 32 sites of 1,000 images, tested on these and on 8 new ones; the
@@ -348,10 +348,10 @@ SITES_RATES = [f"--lr {lr}" for lr in (".001", ".0005", ".002", ".003")]
 SITES_LABELS = [
     "--lr .001 --inner-lr 1",
     "--lr .001 --inner-lr .3",
-    "--lr .002 --inner-lr 1",
-    "--lr .001 --inner-lr 3",
+    "--lr .001 --inner-lr .1",
+    "--lr .002 --inner-lr .3",
 ]
-SITES_INNER = [f"--inner-lr {inner_lr}" for inner_lr in ("1", ".1", ".3", "3")]
+SITES_INNER = [f"--inner-lr {inner_lr}" for inner_lr in ("1", ".1", ".01")]
 SITES_TRIALS = {
     "scratch": Trials(FROM_SCRATCH, SITES_RATES, 0),
     "context": Trials("results/readers.py --reader context", SITES_RATES, 0),
@@ -395,6 +395,9 @@ for arm in ("scratch", "fine-tuned", "joint", "maml", "colorization"):
     flags = f"{FOLDER}-photographs --source shapes --steps 1500"
     TINTED[arm] = f"{CHOSEN[arm]} {flags}"
 TINTED["maml-alpha-1"] = f"{TINTED['maml']} --inner-lr 1"
+TINTED["scratch-long"] = f"{TINTED['scratch']} --steps 13200"
+DEAR_TRIALS = {arm: f"{command} {VALIDATION}" for arm, command in DEAR.items()}
+DEAR_TRIALS["tinted-scratch-long"] = f"{TINTED['scratch-long']} {VALIDATION}"
 
 
 class Protocol(NamedTuple):

@@ -100,6 +100,28 @@ def site_rows(path: Path, flops: dict[str, float]) -> list[list[str]]:
 SITE_HEAD = "arm|its output|all sites|seen|new|part of the way (%)|FLOPs (scratch: 1)"
 
 
+LONG_HEAD = "arm|steps, chosen on validation|accuracy there|at the end, and steps|"
+LONG_HEAD += "FLOPs at the end (MAML: 1)"
+
+
+def long_row(
+    arm: str, trial: compare.Run, runs: list[compare.Run], unit: float
+) -> list[str]:
+    """A longer run, stopped where the trial's validation accuracy is first highest.
+
+    unit: the FLOPs that count as 1.
+    """
+    best = int(trial.log["total_step"][trial.log["accuracy"].argmax()])
+    there, end = [], []
+    for run in runs:
+        place = np.flatnonzero(run.log["total_step"] == best)[0]
+        there.append(100 * run.log["accuracy"][place])
+        end.append(100 * run.log["accuracy"][-1])
+    ends = f"{compare.cell(end, '.1f')} ({int(runs[0].log['total_step'][-1])})"
+    cost = np.mean([run.log["flops"][-1] for run in runs]) / unit
+    return [arm, str(best), compare.cell(there, ".1f"), ends, f"{cost:.2f}"]
+
+
 class Answer(NamedTuple):
     """One of the contrasts that were fixed beforehand."""
 
