@@ -1,8 +1,8 @@
 """Our experiment: what is run, what is asked of it, how it is judged, its figures.
 
-    python results/experiment.py run environments --jobs 2   # trains, or goes on
-    python results/experiment.py gather environments         # its logs -> a CSV file
-    python results/experiment.py report                      # CSV files -> the rest
+    python results/experiment.py run readers --jobs 2   # trains, or goes on
+    python results/experiment.py gather readers         # its logs -> a CSV file
+    python results/experiment.py report                 # CSV files -> the rest
 
 `run` keeps logs and checkpoints below runs/PROTOCOL/; `gather` writes
 results/PROTOCOL.csv; `report` draws every figure and writes every verdict.
@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -153,29 +152,12 @@ CONTRASTS = [
     ),
 ]
 # protocols with several environments
-SEVERAL = ("environments", "tinted", "readers", "readers-more")
+SEVERAL = ("tinted", "readers", "readers-more")
 # Mean over the three environments (%). A rule for one image can reach CEILING at most:
 # a quarter of the labels is flipped, and colour agrees with only 60% of them. One that
 # knows the environment can reach KNOWING: there it follows the colour, which in 80, 10
 # or 90% of the images is the label's.
 CEILING, KNOWING = 75.0, 86.7
-# 600 steps were fixed before the runs. One seed of MAML had then only begun to rise:
-# so all were continued to 1,000, with the same settings. Both are reported.
-HORIZONS = {"environments": (600, 1000)}
-# MAML, adapted to its own environment, is compared at the end, in the mean over the
-# environments, with these: (arm, adapted to)
-OTHER_SUPPORTS = [
-    ("maml", "none"),
-    ("maml", "other"),
-    ("maml", "shuffled"),
-    ("joint", "none"),
-    ("joint", "own"),
-    ("first-order", "own"),
-    ("random-labels", "own"),
-    ("scratch", "none"),
-    ("fine-tuned", "none"),
-    ("probed", "none"),
-]
 
 
 # --- how it is judged ---
@@ -185,11 +167,6 @@ def scores(run: compare.Run) -> np.ndarray:
     if run.dataset in SEVERAL and not np.isnan(adapted).all():
         return adapted
     return run.log["accuracy"]
-
-
-def until(run: compare.Run, steps: float) -> compare.Run:
-    """The run as it was at that step."""
-    return replace(run, log=run.log[run.log["total_step"] <= steps])
 
 
 def first_times(runs: list[compare.Run], column: str, percent: float) -> np.ndarray:
@@ -392,39 +369,6 @@ def draw_answer(groups: dict[str, compare.Arms], column: str, path: Path) -> Non
 
 
 # --- the report, from the CSV files alone ---
-def support_tables(path: Path) -> str:
-    """Accuracy (%) in each environment by run and support; then the verdicts."""
-    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}  # by seed: [3]
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        run, seed, support, _, _, *accuracies = line.split(",")
-        by_seed = found.setdefault((run, support), {})
-        by_seed[int(seed)] = 100 * np.array(accuracies, float)
-    rows = []
-    for (run, support), by_seed in found.items():
-        values = np.array([*by_seed.values()])  # [seeds, 3]
-        each = [f"{accuracy:.1f}" for accuracy in values.mean(0)]
-        mean = compare.cell(values.mean(1), ".1f")
-        rows.append([run, support, *each, mean, f"{values.min(1).mean():.1f}"])
-    accuracies = as_table("arm|adapted to|80%|10%|90%, new|mean|worst", rows)
-
-    maml, rows = found["maml", "own"], []
-
-    def ask(question: str, values: list, null: float) -> None:
-        rows.append([question, *judge.points(values, null)])
-
-    ask(f"more than {CEILING}, mean", [x.mean() for x in maml.values()], CEILING)
-    ask(f"more than {CEILING}, worst", [x.min() for x in maml.values()], CEILING)
-    for arm, support in OTHER_SUPPORTS:
-        others = found.get((arm, support), {})
-        better = [(maml[s] - x).mean() for s, x in others.items() if s in maml]
-        if better:
-            ask(f"better than {arm}, {support}", better, 0.0)
-    answers = as_table("question|value|verdict", rows)
-    way = (np.mean([*maml.values()]) - CEILING) / (KNOWING - CEILING)
-    last = f"| how much of the way from {CEILING} to {KNOWING} | {way:.0%} | |"
-    return f"{accuracies}\n\n{answers}\n{last}"
-
-
 READING_NAMES = ("readers", "readers-more")
 SITES_NAMES = ("sites-0.2", "sites-1.0", "sites-inf")
 
@@ -583,19 +527,16 @@ def report() -> None:
     groups = compare.group(compare.read(logs))
     parts = [judge.HOW, *who_reads(groups)]
     for name in [name for name in PROTOCOLS if name in groups]:
-        for horizon in HORIZONS.get(name, [np.inf]):
-            title, arms = name, {}
-            if name in HORIZONS:
-                title += f", {horizon} steps"
-            for arm, runs in groups[name].items():
-                arms[arm] = [until(run, horizon) for run in runs]
-            baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
-            targets = judge.TARGETS.get(name, ())
-            parts += [f"## {title}", compare.table(arms, baseline, targets)]
-            parts += [verdicts(arms, targets), lowered(arms)]
+        arms = groups[name]
+        baseline = "fine-tuned" if "fine-tuned" in arms else "fine-tuned-25"
+        targets = judge.TARGETS.get(name, ())
+        parts += [f"## {name}", compare.table(arms, baseline, targets)]
+        parts += [verdicts(arms, targets), lowered(arms)]
         path = RESULTS / f"{name}_support.csv"
         if path.exists() and name not in READING_NAMES:
-            parts += [f"## {name}: adapted to what", support_tables(path)]
+            rows = reading.support_rows(reading.read_supports([path]), {})
+            head = reading.SUPPORT_HEAD
+            parts += [f"## {name}: adapted to what", as_table(head, rows)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (RESULTS / "report.md").write_text(text, encoding="utf-8")
     draw_answer(groups, "total_step", RESULTS / "steps.png")
@@ -609,7 +550,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("what", choices=("run", "gather", "report"))
-    add("protocol", nargs="?", choices=PROTOCOLS, default="environments")
+    add("protocol", nargs="?", choices=PROTOCOLS, default="readers")
     add("--out", default="runs", help="where runs are kept (runs)")
     add("--jobs", type=int, default=1, help="runs at once (1)")
     add("--only", nargs="+", default=[], help="these runs of the protocol")

@@ -69,7 +69,7 @@ def test_times_are_those_of_the_adapted_accuracy_where_there_are_environments():
     adapts = run([0, 0.2, 0.3])
     adapts.log["accuracy_adapted"] = (0, 0.4, 0.5)
     assert experiment.first_times([adapts], "total_step", 20) == [100]
-    adapts.dataset = "environments"
+    adapts.dataset = "readers"
     assert experiment.first_times([adapts], "total_step", 20) == [50]
 
 
@@ -251,7 +251,7 @@ def test_what_is_measured_after_training_is_what_the_run_itself_measured(
     write_few(tmp_path / "f", pretext.draw_coloured_shapes, 100)
     runs = tmp_path / "runs"
     maml, joint, scratch, context = (
-        runs / "environments" / name / "seed0"
+        runs / "readers" / name / "seed0"
         for name in ("maml", "joint", "scratch", "context")
     )
     few = "--support-batch-size 4 --pretext colorization rotation"
@@ -260,9 +260,9 @@ def test_what_is_measured_after_training_is_what_the_run_itself_measured(
     train(pretrain_finetune, monkeypatch, tmp_path, scratch, "--pretrain-steps 0")
     train(readers, monkeypatch, tmp_path, context, "--support-batch-size 4")
     shutil.copytree(joint, runs / "tune/joint-6/seed100")
-    gather("environments", tmp_path)
+    gather("readers", tmp_path)
 
-    with (tmp_path / "environments_support.csv").open() as file:
+    with (tmp_path / "readers_support.csv").open() as file:
         rows = list(csv.reader(file))[1:]
     measured = {(row[0], row[2]): [float(cell) for cell in row[5:]] for row in rows}
     rates = {(row[0], row[2]): (float(row[3]), int(row[4])) for row in rows}

@@ -204,6 +204,6 @@ def test_targets_are_in_order_and_those_of_the_reference_in_the_csv_files():
     for name, arms in groups.items():
         reference = arms.get("fine-tuned") or arms["fine-tuned-25"]
         end = 100 * np.mean([run.log["accuracy"][-1] for run in reference])
-        chance = 50 if name in ("environments", "tinted") else 10
+        chance = 50 if name == "tinted" else 10
         ways = [round(chance + way * (end - chance)) for way in compare.WAY]
         assert judge.TARGETS[name] == tuple(ways)
