@@ -370,7 +370,7 @@ SITES_ARMS = {
     "colorization-32": f"{SITES_BEST['contrastive']} --pretext colorization",
 }
 SITES_ARMS["fine-tuned"] += f" {SITES_SOURCE}"
-DOSE = ("scratch", "context-32", "learned-labels-32")
+DOSE = ("scratch", "prior-32", "learned-labels-32")
 
 
 def at_sites(commands: dict[str, str], concentration: str) -> dict[str, str]:
