@@ -351,7 +351,7 @@ SITES_TRIALS = {
     "scratch": Trials(FROM_SCRATCH, SITES_RATES, 0),
     "context": Trials("results/readers.py --reader context", SITES_RATES, 0),
     "prior": Trials("results/readers.py --reader prior", SITES_RATES, 0),
-    "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 2),
+    "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 4),
     "contrastive": Trials(CONTRASTIVE, SITES_INNER, 1),
 }
 SITES_BEST = {arm: f"{trials.chosen} {SITES}" for arm, trials in SITES_TRIALS.items()}
