@@ -1,6 +1,7 @@
 """results/experiment.py: verdicts, limits, and that all figures come from CSV files."""
 
 import csv
+import re
 import shutil
 from itertools import product
 
@@ -299,3 +300,22 @@ def test_one_command_draws_every_figure_and_table_from_the_csv_files(
         assert Image.open(tmp_path / f"{name}.png").width > 1500
     written = (RESULTS / "report.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == written
+
+
+INTERVAL = re.compile(r"(\d+\.?\d*) (±) (\d+\.?\d*)|(\d+\.\d+) \((\d.*?) to (\d.*?)\)")
+
+
+def intervals(path):
+    """All 'mean ± half' and 'ratio (low to high)' of a file, as it rounds them."""
+    text = " ".join(path.read_text(encoding="utf-8").split())
+    return [tuple(filter(None, found)) for found in INTERVAL.findall(text)]
+
+
+@pytest.mark.parametrize("path", [RESULTS / "README.md", RESULTS.parent / "README.md"])
+def test_the_intervals_of_both_readmes_are_in_the_report(path):
+    known = set(intervals(RESULTS / "report.md"))
+    for mean, sign, half in [each for each in known if "±" in each]:
+        known.add((f"{float(mean):.1f}", sign, f"{float(half):.1f}"))  # .2f in tables
+    found = intervals(path)
+    assert len(found) > 10
+    assert [interval for interval in found if interval not in known] == []
