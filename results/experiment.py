@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
+import pretext  # noqa: E402
 from results import folders, judge, measure, outer_step, reading  # noqa: E402
 from results.protocols import FEW_FIRST, FINE_TUNED, PRETRAINED, PROTOCOLS  # noqa: E402
 
@@ -416,6 +417,19 @@ def longer(groups: dict[str, compare.Arms]) -> list[list[str]]:
     return rows
 
 
+def limits_as_drawn(seeds: range) -> list[list[str]]:
+    """What the two kinds of rules have on the test images of these seeds."""
+    by_shape, by_colour = [], []
+    for seed in seeds:
+        drawn = pretext.coloured_labels(1256, (0.8, 0.1, 0.9), 2 * seed + 1)
+        shape, colour, label = drawn  # [3, 1256] each
+        colour[1] = 1 - colour[1]
+        by_shape.append(100 * np.mean(shape == label))
+        by_colour.append(100 * np.mean(colour == label))
+    rules = ("one image: its shape", by_shape), ("environment known: colour", by_colour)
+    return [[rule, compare.cell(found, ".1f")] for rule, found in rules]
+
+
 def who_reads(groups: dict[str, compare.Arms]) -> list[str]:
     """The parts of the report on who reads a support set."""
     parts, found = [], found_in("readers")
@@ -426,6 +440,8 @@ def who_reads(groups: dict[str, compare.Arms]) -> list[str]:
         rows = reading.support_rows(found, flops)
         parts += ["## Ways to read a support set: coloured_shapes, 1,000 steps"]
         parts.append(as_table(reading.SUPPORT_HEAD, rows))
+        rows = limits_as_drawn(PROTOCOLS["readers"].seeds)
+        parts.append(as_table("limit on the images as drawn|accuracy", rows))
     if rows := longer(groups):
         parts += ["## Longer runs of those that do not read"]
         parts.append(as_table(reading.LONG_HEAD, rows))

@@ -15,7 +15,7 @@ import compare
 import maml_ssl
 import pretext
 import pretrain_finetune
-from results import experiment, folders, measure, readers
+from results import experiment, folders, measure, readers, reading
 
 RESULTS = experiment.RESULTS
 
@@ -319,3 +319,19 @@ def test_the_intervals_of_both_readmes_are_in_the_report(path):
     found = intervals(path)
     assert len(found) > 10
     assert [interval for interval in found if interval not in known] == []
+
+
+def test_a_longer_run_is_read_where_validation_is_first_highest():
+    trial = run([0, 0.5, 0.7, 0.7, 0.6])  # at steps 0, 100, ...
+    runs = [run([0, 0.1, end, 0.3, 0.4], seed, 2.0) for seed, end in enumerate((1, 0))]
+    row = reading.long_row("scratch-long", trial, runs, 1600.0)
+    middle, half = compare.mean_interval(np.array([100.0, 0.0]))
+    there = f"{middle:.1f} ± {half:.1f}"
+    assert row == ["scratch-long", "200", there, "40.0 ± 0.0 (400)", "0.50"]
+
+
+def test_the_limits_as_drawn_are_as_expected_over_many_seeds():
+    found = experiment.limits_as_drawn(range(200))
+    means = [float(text.split()[0]) for _, text in found]
+    limits = experiment.CEILING, experiment.KNOWING
+    assert means == pytest.approx(limits, abs=0.25)  # standard error: 0.05
