@@ -152,6 +152,34 @@ CONTRASTS = [
         "context-128",
     ),
 ]
+# Other differences: an interval, no verdict. Protocol, arm and how it is measured, and
+# the other arm's. Chosen when the sites had been measured and half of readers-more not.
+DIFFERENCES = [
+    ("readers", "maml-32", "own", "context-32", "own"),
+    ("readers", "learned-labels-128", "own", "context-128", "own"),
+    ("readers", "learned-labels-128", "own", "maml-128", "own"),
+    ("readers", "learned-labels-128", "own", "detached-labels-128", "own"),
+    ("readers", "random-labels-128", "own", "maml-128", "own"),
+    ("readers", "colorization-128", "own", "maml-128", "own"),
+    ("readers", "batchnorm-128", "own", "context-128", "own"),
+    ("readers", "first-order", "own", "maml-128", "own"),
+    ("readers", "joint", "own", "joint", "none"),
+    ("sites-0.2", "scratch", "em", "prior-128", "plain"),
+    ("sites-0.2", "prior-128", "plain", "learned-labels-128", "plain"),
+    ("sites-0.2", "prior-32", "plain", "learned-labels-32", "plain"),
+    ("sites-0.2", "learned-labels-32", "plain", "context-32", "plain"),
+    ("sites-0.2", "learned-labels-32", "plain", "scratch", "plain"),
+    ("sites-0.2", "context-128", "plain", "scratch", "plain"),
+    ("sites-0.2", "contrastive-32", "plain", "scratch", "plain"),
+    ("sites-0.2", "learned-labels-32", "em", "scratch", "em"),
+    ("sites-0.2", "context-32", "em", "scratch", "em"),
+    ("sites-1.0", "prior-32", "plain", "scratch", "plain"),
+    ("sites-1.0", "learned-labels-32", "plain", "scratch", "plain"),
+    ("sites-1.0", "scratch", "em", "scratch", "plain"),
+    ("sites-inf", "prior-32", "plain", "scratch", "plain"),
+    ("sites-inf", "learned-labels-32", "plain", "scratch", "plain"),
+    ("sites-inf", "scratch", "em", "scratch", "plain"),
+]
 # protocols with several environments
 SEVERAL = ("tinted", "readers", "readers-more")
 # Mean over the three environments (%). A rule for one image can reach CEILING at most:
@@ -405,6 +433,20 @@ def answers() -> list[reading.Answer]:
     return rows
 
 
+def differences() -> list[list[str]]:
+    """DIFFERENCES as rows, of what two seeds of both arms were measured for."""
+    rows = []
+    for protocol, arm, way, other, other_way in DIFFERENCES:
+        found = found_in(protocol)
+        mine, others = found.get((arm, way), {}), found.get((other, other_way), {})
+        points = reading.paired(mine, others)
+        if len(points) > 1:
+            mean, half = compare.mean_interval(points)
+            pair = f"{arm}, {way} - {other}, {other_way}"
+            rows.append([protocol, pair, len(points), f"{mean:+.1f} ± {half:.1f}"])
+    return rows
+
+
 def longer(groups: dict[str, compare.Arms]) -> list[list[str]]:
     """Runs with about MAML's FLOPs, stopped where validation says."""
     trials, rows = groups.get("dear-tune", {}), []
@@ -435,6 +477,9 @@ def who_reads(groups: dict[str, compare.Arms]) -> list[str]:
     parts, found = [], found_in("readers")
     if rows := reading.contrast_rows(answers(), len(CONTRASTS)):
         parts += ["## The four contrasts", as_table(reading.CONTRAST_HEAD, rows)]
+    if rows := differences():
+        head = "protocol|difference|seeds|points"
+        parts += ["## Other differences", as_table(head, rows)]
     if found:
         flops = reading.flops_of(together(groups, READING_NAMES))
         rows = reading.support_rows(found, flops)

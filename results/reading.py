@@ -198,7 +198,7 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
     ax.text(1.08, top, "FLOPs", transform=ax.get_yaxis_transform(), size=7, ha="center")
     for text, value in panel.limits.items():
         ax.axvline(value, color="0.5", lw=0.8, ls=":")
-        ax.text(value, top, text, size=6.5, color="0.3", ha="center")
+        ax.text(value - 0.4, top, text, size=6.5, color="0.3", ha="right")
     ax.grid(axis="y", lw=0.3, color="0.85")
     ax.tick_params(axis="y", length=0)
 
