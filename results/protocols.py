@@ -310,7 +310,7 @@ for size in (32, 128):
     READERS[name] = labels.replace("learned_labels", "detached_labels")
 NOT_READING = {arm: SHAPES[arm] for arm in ("scratch", "joint", "fine-tuned", "probed")}
 # The arms of the four contrasts that were fixed beforehand have ten seeds, the others
-# five; none was used before
+# three to five; none was used before
 PRIMARY = [
     "maml-128",
     "context-128",
@@ -369,6 +369,8 @@ SITES_ARMS = {
     "contrastive-32": f"{SITES_BEST['contrastive']} {SUPPORT} 32",
     "colorization-32": f"{SITES_BEST['contrastive']} --pretext colorization",
 }
+LABELS = SITES_ARMS["learned-labels-32"].replace("maml_ssl.py", "results/controls.py")
+SITES_ARMS["detached-labels-32"] = LABELS.replace("learned_labels", "detached_labels")
 SITES_ARMS["fine-tuned"] += f" {SITES_SOURCE}"
 DOSE = ("scratch", "prior-32", "learned-labels-32")
 
