@@ -177,6 +177,8 @@ DIFFERENCES = [
     ("sites-0.2", "colorization-32", "plain", "contrastive-32", "plain"),
     ("sites-0.2", "colorization-32", "plain", "detached-labels-32", "plain"),
     ("sites-0.2", "colorization-32", "plain", "learned-labels-32", "plain"),
+    ("sites-0.2", "detached-labels-32", "plain", "learned-labels-32", "plain"),
+    ("sites-0.2", "detached-labels-32", "plain", "scratch", "plain"),
     ("sites-0.2", "colorization-32", "plain", "context-32", "plain"),
     ("sites-0.2", "prior-32", "plain", "colorization-32", "plain"),
     ("sites-0.2", "scratch", "em", "colorization-32", "plain"),
