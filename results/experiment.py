@@ -538,6 +538,7 @@ SHAPE_RUNGS = [
     ("colorization-128", "MAML, colorization, 128", "inner loop"),
     ("random-labels-128", "MAML, random labels, 128", "inner loop"),
     ("detached-labels-128", "MAML, untrained labels, 128", "inner loop"),
+    ("detached-labels-32", "MAML, untrained labels, 32", "inner loop"),
     ("learned-labels-32", "MAML, learned labels, 32", "inner loop"),
     ("learned-labels-128", "MAML, learned labels, 128", "inner loop"),
     ("learned-loss-32", "MAML, learned loss, 32", "inner loop"),
