@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import pretext
-from results import sites
+from results import measure, reading, sites
+from results.protocols import SITES_TRIALS
 
 MEANS = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])  # classes of unit Gaussians
 PRIOR, SHIFTED = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.2, 0.7])
@@ -253,3 +254,44 @@ def test_summary_is_the_mean_and_its_error_over_sites():
         error = group.std(ddof=1) / math.sqrt(len(group))  # the closed form
         assert found[name].error == pytest.approx(error, rel=0.1)
     assert "new" not in sites.summary(values, np.zeros(400, bool), generator())
+
+
+def test_the_lines_of_a_run_have_each_way_with_the_temperature_of_its_trial(
+    data, monkeypatch, tmp_path
+):
+    loaded = []
+
+    def sure(support, images):
+        return (predict(support, images).log() * 4).softmax(1)
+
+    def load(folder):
+        loaded.append(folder.relative_to(tmp_path).as_posix())
+        return sure, data
+
+    monkeypatch.setattr(measure, "load", load)
+    measure.temperature.cache_clear()
+    lines = []
+    for run in "prior-32", "prior-128", "joint":
+        lines += measure.by_way(tmp_path / "sites-0.2" / run / "seed7", tmp_path)
+    best = SITES_TRIALS["prior"].best
+    trial = f"tune-sites/prior-{best}/seed100"
+    runs = [f"sites-0.2/{run}/seed7" for run in ("prior-32", "prior-128", "joint")]
+    assert sorted(loaded) == sorted([trial, *runs])  # the trial once
+    ways = ["plain", "em", "known", "most frequent"]
+    assert [line.split(",")[:3] for line in lines] == [
+        *([run, "7", way] for run in ("prior-32", "prior-128") for way in ways),
+        ["joint", "7", "plain"],  # without a trial no more can be said
+    ]
+    rows = sites.measure(sure, data, measure.temperature(tmp_path / trial))
+    for line, way in zip(lines, ways, strict=False):
+        accuracy = rows.accuracy[way]
+        told = [float(cell) for cell in line.split(",")[3:]]
+        means = [accuracy.mean(), accuracy[~rows.new].mean(), accuracy[rows.new].mean()]
+        assert told[:3] == pytest.approx(means, abs=1e-4)
+        assert told[3] == pytest.approx(accuracy.std() / 6**0.5, rel=0.15, abs=1e-4)
+
+    (tmp_path / "x.csv").write_text("\n".join([measure.WAYS_HEADER, *lines]))
+    found = reading.read_ways(tmp_path / "x.csv", "new")["prior-32", "em"]
+    assert found == {
+        7: pytest.approx(100 * rows.accuracy["em"][rows.new].mean(), abs=0.01)
+    }
