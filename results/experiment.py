@@ -153,7 +153,7 @@ CONTRASTS = [
     ),
 ]
 # Other differences: an interval, no verdict. Protocol, arm and how it is measured, and
-# the other arm's. Chosen when most of them had been measured.
+# the other arm's. Chosen when most of them had been measured, and not corrected.
 DIFFERENCES = [
     ("readers", "maml-32", "own", "context-32", "own"),
     ("readers", "learned-labels-128", "own", "context-128", "own"),
@@ -293,10 +293,10 @@ def run_protocol(
     name: str, out: str, jobs: int, only: list[str], some: list[int]
 ) -> int:
     """Runs a protocol, or some of its runs and seeds; returns how many failed."""
-    folders.prepare(name)
     seeds, commands = PROTOCOLS[name]
-    todo = []
-    for seed, run in product(some or seeds, only or commands):
+    seeds, todo = some or seeds, []
+    folders.prepare(name, seeds)
+    for seed, run in product(seeds, only or commands):
         where = ["--seed", str(seed), "--out", f"{out}/{name}", "--name", run]
         todo.append([*commands[run].format(seed=seed, out=out).split(), *where])
     with ThreadPoolExecutor(jobs) as pool:
@@ -434,36 +434,25 @@ def answers() -> list[reading.Answer]:
     """The contrasts whose runs are there."""
     rows = []
     for text, protocol, arm, other in CONTRASTS:
-        found, way = found_in(protocol), "own"
-        if protocol in SITES_NAMES:
-            way = "plain"
-        mine, others = found.get((arm, way), {}), found.get((other, way), {})
-        differences = reading.paired(mine, others)
-        if len(differences) > 1:
-            rows.append(reading.Answer(text, differences))
+        way = "plain" if protocol in SITES_NAMES else "own"
+        points = reading.paired(found_in(protocol), (arm, way), (other, way))
+        if len(points) > 1:
+            rows.append(reading.Answer(text, points))
     return rows
-
-
-def difference(points: np.ndarray) -> str:
-    mean, half = compare.mean_interval(points)
-    return f"{mean:+.1f} ± {half:.1f}"
 
 
 def differences() -> list[list[str]]:
     """DIFFERENCES as rows, of what two seeds of both arms were measured for."""
     rows = []
     for protocol, arm, way, other, other_way in DIFFERENCES:
-        found = found_in(protocol)
-        mine, others = found.get((arm, way), {}), found.get((other, other_way), {})
-        points = reading.paired(mine, others)
+        pair = (arm, way), (other, other_way)
+        points, new = reading.paired(found_in(protocol), *pair), ""
         if len(points) < 2:
             continue
-        pair, cells = f"{arm}, {way} - {other}, {other_way}", [difference(points)]
-        new = found_in(protocol, "new") if protocol in SITES_NAMES else {}
-        if new:
-            points = reading.paired(new[arm, way], new[other, other_way])
-        cells.append(difference(points) if new else "")
-        rows.append([protocol, pair, len(points), *cells])
+        if protocol in SITES_NAMES:
+            new = reading.signed(reading.paired(found_in(protocol, "new"), *pair))
+        text = f"{arm}, {way} - {other}, {other_way}"
+        rows.append([protocol, text, len(points), reading.signed(points), new])
     return rows
 
 

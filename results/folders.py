@@ -1,5 +1,6 @@
 """The folders that some protocols need, made of those in data/."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image, ImageOps
 
 import pretext
 from results import sites
-from results.protocols import OTHERS, PROTOCOLS
+from results.protocols import OTHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,7 +77,7 @@ def prepare_few() -> None:
         link(kept, val / "train" / kind)
 
 
-def prepare_sites(concentration: str, seeds: range) -> None:
+def prepare_sites(concentration: str, seeds: Iterable[int]) -> None:
     for seed in seeds:
         folder = ROOT / f"data/sites-{concentration}-{seed}"
         if not folder.exists():
@@ -85,8 +86,8 @@ def prepare_sites(concentration: str, seeds: range) -> None:
 
 
 # --- for a protocol ---
-def prepare(name: str) -> None:
-    """Makes what the protocol needs, if it is not there."""
+def prepare(name: str, seeds: Iterable[int]) -> None:
+    """Makes what a protocol's runs with these seeds need, if it is not there."""
     for other, shares in OTHERS.items():
         folder = ROOT / "data" / f"coloured-{other}"
         draw = pretext.draw_coloured_shapes
@@ -98,5 +99,4 @@ def prepare(name: str) -> None:
         prepare_few()
     if "sites" in name:  # sites-CONCENTRATION; the others are of 0.2
         _, is_one, concentration = name.partition("sites-")
-        seeds = PROTOCOLS[name].seeds
         prepare_sites(concentration if is_one else "0.2", seeds)

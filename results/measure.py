@@ -16,7 +16,7 @@ from results import readers, sites
 from results.protocols import SITES_TRIALS, TRIALS
 
 
-# --- what is measured after training: adapted to what? ---
+# --- the environments of drawn shapes: adapted to what? ---
 def seen(data: pretext.Data, environment: int, support: str, seed: int) -> readers.Seen:
     """The images that a run may read before it classifies those of an environment.
 
@@ -104,6 +104,7 @@ def by_support(folder: Path, out: Path) -> list[str]:
     return lines
 
 
+# --- sites: read in what way? ---
 def calibrated(run: str, out: Path) -> Path | None:
     """The trial on validation images that gives the temperature of a run's output."""
     for arm, trials in SITES_TRIALS.items():

@@ -7,8 +7,8 @@ support of other training images of it, without labels. At evaluation the suppor
 what MAML adapts to. What they make of it:
 
 context    a code, a second network's mean output over the support (ARM-CML, 2007.02931)
-prior      a number a class, the same mean, added to the logits: all that it can say is
-           how frequent classes are, and that only linearly (right were the logarithm)
+prior      a number a class, the same mean, added to the logits: linear in how frequent
+           the classes are, where Bayes' rule has the logarithm
 inferred   the environment: a second network classifies each image's environment, the
            log-probabilities are added over the support, and the code of the winner is
            taken: prod p(e|x) ~ p(e|support), as images are independent given e and all

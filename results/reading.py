@@ -129,8 +129,15 @@ class Answer(NamedTuple):
     differences: np.ndarray  # points, [seeds]
 
 
-def paired(mine: Seeds, others: Seeds) -> np.ndarray:
+def paired(found: Found, arm: tuple[str, str], other: tuple[str, str]) -> np.ndarray:
+    """The points of an arm above another, [seeds], of the seeds that both have."""
+    mine, others = found.get(arm, {}), found.get(other, {})
     return np.array([x - others[seed] for seed, x in mine.items() if seed in others])
+
+
+def signed(points: np.ndarray) -> str:
+    mean, half = compare.mean_interval(points)
+    return f"{mean:+.1f} ± {half:.1f}"
 
 
 def contrast_rows(answers: list[Answer], number: int) -> list[list[str]]:
@@ -141,13 +148,12 @@ def contrast_rows(answers: list[Answer], number: int) -> list[list[str]]:
     ps = [judge.p_value(answer.differences) for answer in answers]
     rows, holm = [], judge.holm([*ps, *[1.0] * (number - len(ps))])
     for answer, p, corrected in zip(answers, ps, holm, strict=False):
-        mean, half = compare.mean_interval(answer.differences)
         seeds = len(answer.differences)
         word = "undecided"
         if corrected < 0.05:
-            word = "above" if mean > 0 else "below"
+            word = "above" if answer.differences.mean() > 0 else "below"
         good = "yes" if judge.equal(answer.differences) else ""
-        value = f"{mean:+.1f} ± {half:.1f}"
+        value = signed(answer.differences)
         rows.append(
             [answer.text, seeds, value, f"{p:.2g}", f"{corrected:.2g}", word, good]
         )

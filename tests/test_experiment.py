@@ -16,6 +16,7 @@ import maml_ssl
 import pretext
 import pretrain_finetune
 from results import experiment, folders, measure, readers, reading
+from results.protocols import SITES_TRIALS
 
 RESULTS = experiment.RESULTS
 
@@ -183,7 +184,32 @@ def test_validation_images_of_few_labels_are_no_training_images(tmp_path, monkey
         assert len(data.test.labels) == 4 and data.classes == ["bird", "cat"]
 
 
+def test_a_run_gets_the_sites_of_its_own_seed(monkeypatch):
+    made, run = [], []
+    monkeypatch.setattr(
+        folders, "prepare_sites", lambda concentration, seeds: made.extend(seeds)
+    )
+    monkeypatch.setattr(
+        experiment, "run_one", lambda command: bool(run.append(command))
+    )
+    experiment.run_protocol("sites-1.0", "x", 1, ["scratch"], [13])  # no protocol's
+    assert made == [13] and len(run) == 1
+    assert run[0][run[0].index("--dataset") + 1] == "data/sites-1.0-13"
+    assert run[0][-6:] == "--seed 13 --out x/sites-1.0 --name scratch".split()
+
+
 # --- the CSV files ---
+@pytest.mark.parametrize("arm", ["scratch", "context", "prior", "learned-labels"])
+def test_what_is_run_at_sites_is_the_best_of_its_trials(arm):
+    trials = compare.group(compare.read([RESULTS / "tune-sites.csv"]))["tune-sites"]
+    found = []
+    for i in range(len(SITES_TRIALS[arm].settings)):
+        for run in trials.get(f"{arm}-{i}", []):
+            y = "accuracy_adapted" if "labels" in arm else "accuracy"
+            found.append((run.log[y][run.log["total_step"] == 1000].item(), i))
+    assert len(found) >= 3 and max(found)[1] == SITES_TRIALS[arm].best
+
+
 def gather(name, tmp_path):
     """The lines of results/NAME.csv in tmp_path, gathered from tmp_path/runs."""
     experiment.gather(name, tmp_path / "runs", [])
