@@ -260,7 +260,6 @@ READER_TRIALS = {
         "maml_ssl.py --pretext learned_labels", LEARNED_SETTINGS, 1
     ),
     "learned-loss": Trials("maml_ssl.py --pretext learned_loss", LEARNED_SETTINGS, 2),
-    # not run at this horizon yet: what TRIALS chose
     "random-labels": Trials(RANDOM, INNER_SETTINGS, 4),
 }
 TUNE_READERS = {}
@@ -338,10 +337,16 @@ SITES_LABELS = [
     "--lr .001 --inner-lr .03",
 ]
 SITES_INNER = [f"--inner-lr {inner_lr}" for inner_lr in ("1", ".1", ".01")]
+SITES_STEPS = [
+    f"--lr .001 --inner-lr {inner_lr} --inner-steps {k}"
+    for inner_lr, k in ((3, 1), (10, 1), (1, 5), (3, 5))
+]
 SITES_TRIALS = {
     "scratch": Trials(FROM_SCRATCH, SITES_RATES, 0),
     "context": Trials("results/readers.py --reader context", SITES_RATES, 0),
     "prior": Trials("results/readers.py --reader prior", SITES_RATES, 0),
+    "log-prior": Trials("results/readers.py --reader log_prior", SITES_RATES, 0),
+    "inner-prior": Trials("results/readers.py --reader inner_prior", SITES_STEPS, 0),
     "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 4),
     "contrastive": Trials(CONTRASTIVE, SITES_INNER, 1),
 }
@@ -355,6 +360,10 @@ SITES_ARMS = {
     "context-128": f"{SITES_BEST['context']} {SUPPORT} 128",
     "prior-32": f"{SITES_BEST['prior']} {SUPPORT} 32",
     "prior-128": f"{SITES_BEST['prior']} {SUPPORT} 128",
+    "log-prior-32": f"{SITES_BEST['log-prior']} {SUPPORT} 32",
+    "log-prior-128": f"{SITES_BEST['log-prior']} {SUPPORT} 128",
+    "inner-prior-32": f"{SITES_BEST['inner-prior']} {SUPPORT} 32",
+    "inner-prior-128": f"{SITES_BEST['inner-prior']} {SUPPORT} 128",
     "inferred-128": f"{SITES_BEST['context']} --reader inferred {SUPPORT} 128",
     "learned-labels-32": f"{SITES_BEST['learned-labels']} {SUPPORT} 32",
     "learned-labels-128": f"{SITES_BEST['learned-labels']} {SUPPORT} 128",
@@ -420,7 +429,7 @@ PROTOCOLS = {
     "readers": Protocol(range(10, 20), {arm: READERS[arm] for arm in PRIMARY}),
     "readers-more": Protocol(range(10, 15), MORE),
     "tune-sites": Protocol(TUNING[:1], at_sites(TUNE_SITES, "0.2")),
-    "sites-0.2": Protocol(range(10, 13), at_sites(SITES_ARMS, "0.2")),
+    "sites-0.2": Protocol(range(10, 15), at_sites(SITES_ARMS, "0.2")),
     "sites-1.0": Protocol(
         range(10, 13), at_sites({arm: SITES_ARMS[arm] for arm in DOSE}, "1.0")
     ),

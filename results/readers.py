@@ -8,7 +8,10 @@ what MAML adapts to. What they make of it:
 
 context    a code, a second network's mean output over the support (ARM-CML, 2007.02931)
 prior      a number a class, the same mean, added to the logits: linear in how frequent
-           the classes are, where Bayes' rule has the logarithm
+           the classes are
+log_prior  the logarithm of class probabilities' mean, as Bayes' rule has it
+inner_prior  a number a class that an inner loop moves, and it alone: MAML, whose inner
+           loss compares it with labels that the second network gives to the support
 inferred   the environment: a second network classifies each image's environment, the
            log-probabilities are added over the support, and the code of the winner is
            taken: prod p(e|x) ~ p(e|support), as images are independent given e and all
@@ -26,6 +29,7 @@ has BatchNorm, and a context network of three 5x5 convolutions.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -87,9 +91,35 @@ class Prior(Reader):
         super().__init__(base)
         self.reader = second_network(args, args.n_classes)
 
+    def offset(self, said: Tensor) -> Tensor:
+        """What is added to all logits: [M, classes], of the support -> [classes]."""
+        return said.mean(0)
+
     def forward(self, support, environment, images):
         logits = self.classifier(self.encoder(scaled(images)))
-        return logits + self.reader(scaled(support)).mean(0)
+        return logits + self.offset(self.reader(scaled(support)))
+
+
+class LogPrior(Prior):
+    def offset(self, said):
+        return said.log_softmax(1).logsumexp(0) - math.log(len(said))
+
+
+class InnerPrior(Prior):
+    def __init__(self, base, args):
+        super().__init__(base, args)
+        self.start = nn.Parameter(torch.zeros(args.n_classes))
+        self.inner = {"lr": args.inner_lr, "steps": args.inner_steps}
+
+    def offset(self, said):
+        labels = said.softmax(1)
+
+        def loss(weights: maml_ssl.Weights) -> Tensor:
+            return F.cross_entropy(weights["offset"].expand_as(labels), labels)
+
+        with torch.enable_grad():  # predict_with has none
+            weights, _ = maml_ssl.adapt(loss, {"offset": self.start}, **self.inner)
+        return weights["offset"]
 
 
 class Told(Reader):
@@ -159,6 +189,8 @@ class BatchNorm(nn.Module):
 READERS = {
     "context": Context,
     "prior": Prior,
+    "log_prior": LogPrior,
+    "inner_prior": InnerPrior,
     "inferred": Inferred,
     "told": Told,
     "batchnorm": BatchNorm,
@@ -227,10 +259,17 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("reader").add_argument
     add("--reader", choices=READERS, default="context", help="what reads the support")
     add("--support-batch-size", type=int, default=128, help="of each environment")
+    add("--inner-lr", type=float, help="alpha of inner_prior", **maml_ssl.DEPENDS)
+    add("--inner-steps", type=int, help="K of inner_prior", **maml_ssl.DEPENDS)
     args = maml_ssl.parse(parser, {}, {})
     args.name = args.name.replace("maml_ssl", "reader")
     if args.encoder or args.backbone != "conv" or args.amp:
         maml_ssl.fail("no --encoder, --amp or other --backbone: these are for the arms")
+    inner = vars(args).keys() & {"inner_lr", "inner_steps"}
+    if len(inner) != (2 if args.reader == "inner_prior" else 0):
+        maml_ssl.fail(
+            "--reader inner_prior, and no other, has --inner-lr and --inner-steps"
+        )
     if args.reader == "told" and args.dataset != "coloured_shapes":
         maml_ssl.fail("--reader told knows the rules of coloured_shapes alone")
     return args

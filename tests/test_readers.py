@@ -11,11 +11,12 @@ import pretext
 from results import controls, readers, reading
 
 
-def make(reader, known=2, seed=0):
+def make(reader, known=2, seed=0, inner_lr=3.0, inner_steps=2):
     args = argparse.Namespace(
         reader=reader, backbone="conv", width=4, amp=False, seed=seed, device="cpu"
     )
     args.known, args.n_classes = known, 3
+    args.inner_lr, args.inner_steps = inner_lr, inner_steps
     return readers.make_reader(args)
 
 
@@ -41,7 +42,10 @@ def test_what_is_said_of_an_image_does_not_depend_on_the_other_images(reader):
     assert torch.allclose(model(support, 0, query), torch.cat(alone), atol=1e-5)
 
 
-@pytest.mark.parametrize("reader", ["context", "prior", "batchnorm"])
+READ_AS_A_SET = set(readers.READERS) - {"told", "inferred"}
+
+
+@pytest.mark.parametrize("reader", sorted(READ_AS_A_SET))
 def test_it_reads_the_support_as_a_set(reader):
     model, support, query = make(reader), images(8), images(5, seed=1)
     said = model(support, 0, query)
@@ -49,13 +53,54 @@ def test_it_reads_the_support_as_a_set(reader):
     assert not torch.allclose(model(support.square(), 0, query), said, atol=1e-3)
 
 
-def test_a_prior_says_the_same_of_all_images():
-    model, support, query = make("prior"), images(8), images(5, seed=1)
+PRIORS = ["prior", "log_prior", "inner_prior"]
+
+
+@pytest.mark.parametrize("reader", PRIORS)
+def test_a_prior_says_the_same_of_all_images(reader):
+    model, support, query = make(reader), images(8), images(5, seed=1)
     shift = model(support, 0, query) - model.classifier(
         model.encoder(readers.scaled(query))
     )
     assert torch.allclose(shift, shift[:1].expand(5, 3), atol=1e-5)
-    assert torch.allclose(shift[0], model.reader(readers.scaled(support)).mean(0))
+    said = model.reader(readers.scaled(support))
+    expected = {
+        "prior": said.mean(0),
+        "log_prior": said.softmax(1).mean(0).log(),
+        "inner_prior": model.offset(said),
+    }
+    assert torch.allclose(shift[0], expected[reader], atol=1e-5)
+
+
+def test_one_inner_step_on_the_logits_is_linear_in_the_labels_mean():
+    model, said = make("inner_prior", inner_steps=1), torch.randn(8, 3)
+    model.start.data = torch.tensor([1.0, 0.0, -1.0])
+    with torch.no_grad():  # as at the evaluation
+        moved = model.offset(said)
+    slope = model.start.softmax(0) - said.softmax(1).mean(0)
+    assert torch.allclose(moved, model.start - 3 * slope, atol=1e-5)
+
+
+def test_many_inner_steps_on_the_logits_find_the_logarithm():
+    model = make("inner_prior", inner_lr=1.0, inner_steps=500)
+    said = torch.randn(8, 3)
+    logarithm = make("log_prior").offset(said)
+    found, wanted = model.offset(said).softmax(0), logarithm.softmax(0)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_the_outer_gradient_goes_through_the_inner_step_to_the_labels():
+    model, support = make("inner_prior", inner_lr=0.7).double(), images(8).double()
+    query, labels = images(5, seed=1).double(), torch.tensor([0, 1, 2, 0, 1])
+    parameter = model.reader[-1][-1].bias  # of what gives the labels
+    loss = model.loss(support, 0, query, labels)
+    slope = torch.autograd.grad(loss, parameter)[0][0].item()
+    sides = []
+    for change in (1e-5, -2e-5):
+        parameter.data[0] += change
+        sides.append(model.loss(support, 0, query, labels).item())
+    assert slope == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5)
+    assert slope != 0
 
 
 def test_inference_of_the_true_environment_is_the_told_network(monkeypatch):
