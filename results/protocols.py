@@ -261,6 +261,7 @@ READER_TRIALS = {
     ),
     "learned-loss": Trials("maml_ssl.py --pretext learned_loss", LEARNED_SETTINGS, 2),
     "random-labels": Trials(RANDOM, INNER_SETTINGS, 4),
+    "maml": Trials("maml_ssl.py", INNER_SETTINGS, 6),
 }
 TUNE_READERS = {}
 for arm, trials in READER_TRIALS.items():
