@@ -340,14 +340,14 @@ SITES_LABELS = [
 SITES_INNER = [f"--inner-lr {inner_lr}" for inner_lr in ("1", ".1", ".01")]
 SITES_STEPS = [
     f"--lr .001 --inner-lr {inner_lr} --inner-steps {k}"
-    for inner_lr, k in ((3, 1), (10, 1), (1, 5), (3, 5), (30, 1), (10, 5))
+    for inner_lr, k in ((3, 1), (10, 1), (1, 5), (3, 5), (30, 1), (10, 5), (100, 1))
 ]
 SITES_TRIALS = {
     "scratch": Trials(FROM_SCRATCH, SITES_RATES, 0),
     "context": Trials("results/readers.py --reader context", SITES_RATES, 0),
     "prior": Trials("results/readers.py --reader prior", SITES_RATES, 0),
     "log-prior": Trials("results/readers.py --reader log_prior", SITES_RATES, 0),
-    "inner-prior": Trials("results/readers.py --reader inner_prior", SITES_STEPS, 5),
+    "inner-prior": Trials("results/readers.py --reader inner_prior", SITES_STEPS, 4),
     "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 4),
     "contrastive": Trials(CONTRASTIVE, SITES_INNER, 1),
 }
