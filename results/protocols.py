@@ -349,7 +349,7 @@ SITES_TRIALS = {
     "log-prior": Trials("results/readers.py --reader log_prior", SITES_RATES, 0),
     "inner-prior": Trials("results/readers.py --reader inner_prior", SITES_STEPS, 4),
     "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 4),
-    "contrastive": Trials(CONTRASTIVE, SITES_INNER, 1),
+    "contrastive": Trials(CONTRASTIVE, SITES_INNER, 2),
 }
 SITES_BEST = {arm: f"{trials.chosen} {SITES}" for arm, trials in SITES_TRIALS.items()}
 SITES_ARMS = {
@@ -369,7 +369,8 @@ SITES_ARMS = {
     "learned-labels-32": f"{SITES_BEST['learned-labels']} {SUPPORT} 32",
     "learned-labels-128": f"{SITES_BEST['learned-labels']} {SUPPORT} 128",
     "contrastive-32": f"{SITES_BEST['contrastive']} {SUPPORT} 32",
-    "colorization-32": f"{SITES_BEST['contrastive']} --pretext colorization",
+    # not tuned: what contrastive was first run with
+    "colorization-32": f"{CONTRASTIVE} --inner-lr .1 {SITES} --pretext colorization",
 }
 LABELS = SITES_ARMS["learned-labels-32"].replace("maml_ssl.py", "results/controls.py")
 SITES_ARMS["detached-labels-32"] = LABELS.replace("learned_labels", "detached_labels")
