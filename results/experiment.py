@@ -333,8 +333,8 @@ def merge(path: Path, header: str, found: Rows) -> None:
     path.write_text("\n".join([header, *lines, ""]), encoding="utf-8")
 
 
-def gather(name: str, out: Path, only: list[str]) -> None:
-    """The logs of a protocol's finished runs, or of some -> results/NAME.csv.
+def gather(name: str, out: Path, only: list[str], some: list[int]) -> None:
+    """The logs of finished runs, or of some runs and seeds -> results/NAME.csv.
 
     With several environments also results/NAME_support.csv, measured now.
     """
@@ -343,12 +343,14 @@ def gather(name: str, out: Path, only: list[str]) -> None:
     by_way: Rows = {}
     for log in sorted((out / name).glob("*/seed*/metrics.csv")):
         folder = log.parent
+        run, seed = folder.parts[-2], folder.name.removeprefix("seed")
+        if run in FEW_FIRST:  # weights to start from, no arm
+            continue
+        if (only and run not in only) or (some and int(seed) not in some):
+            continue
         if not any(run.finished for run in compare.read_file(log)):
             print(f"{folder} is not finished and left out")
             continue
-        run, seed = folder.parts[-2], folder.name.removeprefix("seed")
-        if run in FEW_FIRST or (only and run not in only):
-            continue  # the former are weights to start from, no arm
         rows = log.read_text().splitlines()[1:]
         logs[run, seed] = [f"{run},{seed},{row}" for row in rows]
         if name in SEVERAL:
@@ -653,7 +655,7 @@ def main() -> None:
         how = (args.out, args.jobs, args.only, args.seeds)
         sys.exit(run_protocol(args.protocol, *how) > 0)
     elif args.what == "gather":
-        gather(args.protocol, Path(args.out), args.only)
+        gather(args.protocol, Path(args.out), args.only, args.seeds)
     else:
         report()
 

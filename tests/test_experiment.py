@@ -211,9 +211,9 @@ def test_what_is_run_at_sites_is_the_best_of_its_trials(arm):
     assert len(found) >= 3 and max(found)[1] == chosen.best
 
 
-def gather(name, tmp_path):
+def gather(name, tmp_path, only=(), seeds=()):
     """The lines of results/NAME.csv in tmp_path, gathered from tmp_path/runs."""
-    experiment.gather(name, tmp_path / "runs", [])
+    experiment.gather(name, tmp_path / "runs", only, seeds)
     return (tmp_path / f"{name}.csv").read_text().splitlines()
 
 
@@ -225,6 +225,15 @@ def test_gather_takes_the_rows_of_finished_runs_alone(tmp_path, monkeypatch, cap
     header, *rows = whole.read_text().splitlines()
     assert written == [f"run,seed,{header}", *(f"whole,3,{row}" for row in rows)]
     assert "broken_off/seed0 is not finished" in capsys.readouterr().out
+
+
+def test_gather_takes_some_runs_and_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    for run in ("maml", "joint"):
+        for seed in (1, 10):
+            write(tmp_path / "runs/where", run, [0.1, 0.5], seed)
+    lines = gather("where", tmp_path, ["maml"], [10])[1:]
+    assert {tuple(line.split(",")[:2]) for line in lines} == {("maml", "10")}
 
 
 def test_gather_keeps_the_rows_of_runs_that_are_no_longer_there(tmp_path, monkeypatch):
