@@ -355,6 +355,7 @@ SITES_TRIALS = {
 SITES_BEST = {arm: f"{trials.chosen} {SITES}" for arm, trials in SITES_TRIALS.items()}
 SITES_ARMS = {
     "scratch": SITES_BEST["scratch"],
+    "scratch-long": f"{SITES_BEST['scratch']} --steps 3000",  # FLOPs of context-32
     "fine-tuned": f"pretrain_finetune.py --lr .001 --pretrain-steps 500 {SITES}"
     " --source data/tiny-imagenet-32",
     "joint": f"{JOINT} --lr .001 --pretext-weight .1 {SITES}",

@@ -9,9 +9,10 @@ what MAML adapts to. What they make of it:
 context    a code, a second network's mean output over the support (ARM-CML, 2007.02931)
 prior      a number a class, the same mean, added to the logits: linear in how frequent
            the classes are
-log_prior  the logarithm of class probabilities' mean, as Bayes' rule has it
+log_prior  the logarithm of class probabilities' mean, the form of Bayes' rule
 inner_prior  a number a class that an inner loop moves, and it alone: MAML, whose inner
-           loss compares it with labels that the second network gives to the support
+           loss compares it with labels that the second network gives to the support.
+           One step adds alpha times their mean, as a forward pass could
 inferred   the environment: a second network classifies each image's environment, the
            log-probabilities are added over the support, and the code of the winner is
            taken: prod p(e|x) ~ p(e|support), as images are independent given e and all
