@@ -197,6 +197,7 @@ DIFFERENCES = [
     ("sites-0.2", "log-prior-32", "plain", "scratch", "plain"),
     ("sites-0.2", "scratch-long", "plain", "scratch", "plain"),
     ("sites-0.2", "scratch-long", "em", "inner-prior-32", "plain"),
+    ("sites-0.2", "scratch-long", "em", "context-32", "plain"),
     ("sites-0.2", "inner-prior-32", "plain", "scratch-long", "plain"),
     ("sites-0.2", "inner-prior-32", "plain", "prior-32", "plain"),
     ("sites-0.2", "inner-prior-128", "plain", "prior-128", "plain"),
@@ -588,6 +589,7 @@ SITE_RUNGS = [  # run, way, ...
     ("log-prior-128", "plain", "prior network, log, 128", "shown, no inner loop"),
     ("inferred-128", "plain", "site inferred, 128", "shown, no inner loop"),
     ("scratch", "em", "from scratch, EM", "shown, no inner loop"),
+    ("scratch-long", "em", "from scratch, longer, EM", "shown, no inner loop"),
     ("scratch", "known", "frequencies told", "told"),
 ]
 
