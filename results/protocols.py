@@ -253,6 +253,11 @@ LEARNED_SETTINGS = [
     for lr, inner_lr in product((".001", ".002"), (".3", "1", "3", "10"))
 ]
 READER_SETTINGS = [f"--lr {lr}" for lr in RATES]
+# Nash's step is alpha sqrt(T) long whatever the gradients; tried after MAML's alpha, 3,
+# with which the test rows of `nash` are at chance
+NASH_SETTINGS = [
+    f"--lr .002 --inner-lr {alpha} --pretext-weight .1" for alpha in (".1", ".3")
+]
 READER_TRIALS = {
     "context": Trials("results/readers.py --reader context", READER_SETTINGS, 3),
     "inferred": Trials("results/readers.py --reader inferred", READER_SETTINGS, 3),
@@ -262,6 +267,7 @@ READER_TRIALS = {
     "learned-loss": Trials("maml_ssl.py --pretext learned_loss", LEARNED_SETTINGS, 2),
     "random-labels": Trials(RANDOM, INNER_SETTINGS, 4),
     "maml": Trials("maml_ssl.py", INNER_SETTINGS, 6),
+    "nash": Trials("maml_ssl.py --balance nash", NASH_SETTINGS, 0),
 }
 TUNE_READERS = {}
 for arm, trials in READER_TRIALS.items():
