@@ -254,7 +254,7 @@ LEARNED_SETTINGS = [
 ]
 READER_SETTINGS = [f"--lr {lr}" for lr in RATES]
 # Nash's step is alpha sqrt(T) long whatever the gradients; tried after MAML's alpha, 3,
-# with which the test rows of `nash` are at chance
+# with which the test rows (nash-alpha-3) are at chance
 NASH_SETTINGS = [
     f"--lr .002 --inner-lr {alpha} --pretext-weight .1" for alpha in (".1", ".3")
 ]
@@ -267,7 +267,7 @@ READER_TRIALS = {
     "learned-loss": Trials("maml_ssl.py --pretext learned_loss", LEARNED_SETTINGS, 2),
     "random-labels": Trials(RANDOM, INNER_SETTINGS, 4),
     "maml": Trials("maml_ssl.py", INNER_SETTINGS, 6),
-    "nash": Trials("maml_ssl.py --balance nash", NASH_SETTINGS, 0),
+    "nash": Trials("maml_ssl.py --balance nash", NASH_SETTINGS, 1),
 }
 TUNE_READERS = {}
 for arm, trials in READER_TRIALS.items():
@@ -292,7 +292,8 @@ READERS = {
     "told": f"{READING['inferred']} --reader told {HORIZON}",
     "batchnorm-128": f"{READING['context']} --reader batchnorm {HORIZON}",
     "no-pretext-loss": f"{SHAPES['maml']} --pretext-weight 0",
-    "nash": f"{SHAPES['maml']} --balance nash",
+    "nash": f"{READING['nash']} {HORIZON} {SUPPORT} 32",
+    "nash-alpha-3": f"{SHAPES['maml']} --balance nash",
     "first-order": SHAPES["first-order"],
 }
 READERS["normalised"] = READERS["nash"].replace("maml_ssl.py", "results/controls.py")
