@@ -555,6 +555,7 @@ SHAPE_RUNGS = [
     ("maml-128", "MAML, four tasks, 128", "inner loop"),
     ("colorization-128", "MAML, colorization, 128", "inner loop"),
     ("first-order", "MAML, first order, 128", "inner loop"),
+    ("nash", "MAML, Nash, 128", "inner loop"),
     ("random-labels-128", "MAML, random labels, 128", "inner loop"),
     ("detached-labels-128", "MAML, untrained labels, 128", "inner loop"),
     ("detached-labels-32", "MAML, untrained labels, 32", "inner loop"),
