@@ -888,7 +888,7 @@ def parse_args() -> argparse.Namespace:
     add("--pretext-weight", type=float, help="beta", **DEPENDS)
     choices, how = ("per-task", "joint"), "a loop for each task, or one for all"
     add("--inner", choices=choices, help=how, **DEPENDS)
-    choices, how = ("mean", "nash"), "how a joint loop weighs its tasks"
+    choices, how = ("mean", "nash"), "weights of tasks; nash: try --inner-lr 0.3"
     add("--balance", choices=choices, default="mean", help=how)
     choices, how = ("disjoint", "query"), "query: the query images, unlabelled"
     add("--support", choices=choices, default="disjoint", help=how)
