@@ -16,7 +16,7 @@ import maml_ssl
 import pretext
 import pretrain_finetune
 from results import experiment, folders, measure, readers, reading
-from results.protocols import SITES_TRIALS
+from results.protocols import READER_TRIALS, SITES_TRIALS
 
 RESULTS = experiment.RESULTS
 
@@ -209,6 +209,17 @@ def test_what_is_run_at_sites_is_the_best_of_its_trials(arm):
             place = np.flatnonzero(run.log["total_step"] >= 1000)[0]
             found.append((run.log[y][place], i))
     assert len(found) >= 3 and max(found)[1] == chosen.best
+
+
+@pytest.mark.parametrize("arm", sorted(set(READER_TRIALS) - {"maml"}))  # not run yet
+def test_what_is_run_on_shapes_is_the_best_of_its_trials(arm):
+    trials = compare.group(compare.read([RESULTS / "tune-readers.csv"]))["tune-readers"]
+    chosen, found = READER_TRIALS[arm], []
+    y = "accuracy_adapted" if chosen.command.startswith("maml_ssl") else "accuracy"
+    for i in range(len(chosen.settings)):
+        for run in trials.get(f"{arm}-{i}", []):
+            found.append((run.log[y][-3:].mean(), -i))  # of equal ones the first
+    assert len(found) >= 2 and -max(found)[1] == chosen.best
 
 
 def gather(name, tmp_path, only=(), seeds=()):
