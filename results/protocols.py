@@ -328,13 +328,13 @@ DEAR = {
 # --- what is run: sites, natural photographs with class frequencies of their own ---
 # CIFAR-10 at 16 x 16, 32 sites of 1,000 images, tested on these and on 8 new ones; the
 # lower the concentration, the more they differ. The sites are drawn with the seed.
-# Trials of seven arms (seed 100, the training sites' validation images): the best after
+# Trials of eight arms (seed 100, the training sites' validation images): the best after
 # 1,000 steps went on to 1,500, and gives the temperature of the runs whose name begins
 # so. Smaller alphas, and larger ones for inner_prior, were added when the best lay on
 # the edge; of learned labels and contrastive it is the smallest. The prior network was
 # added when the context network's trials had been seen, log_prior and inner_prior when
-# the test rows of three seeds of all others had been, and contrastive was then run
-# again: it had been chosen before its last trial had ended.
+# the test rows of three seeds of all others had been, inner_weights last. Contrastive
+# was run again: it had been chosen before its last trial had ended.
 SITES = "--environments --image-size 16 --width 16 --batch-size 128 --steps 1500"
 LEARNED_LABELS = "maml_ssl.py --pretext learned_labels --pretext-weight 0"
 CONTRASTIVE = "maml_ssl.py --pretext contrastive --lr .001 --pretext-weight .1"
@@ -351,12 +351,19 @@ SITES_STEPS = [
     f"--lr .001 --inner-lr {inner_lr} --inner-steps {k}"
     for inner_lr, k in ((3, 1), (10, 1), (1, 5), (3, 5), (30, 1), (10, 5), (100, 1))
 ]
+SITES_WEIGHTS = [
+    f"--lr .001 --inner-lr {inner_lr} --inner-steps 1 {SUPPORT} 32"
+    for inner_lr in (".1", ".03", ".3", "1")
+]
 SITES_TRIALS = {
     "scratch": Trials(FROM_SCRATCH, SITES_RATES, 0),
     "context": Trials("results/readers.py --reader context", SITES_RATES, 0),
     "prior": Trials("results/readers.py --reader prior", SITES_RATES, 0),
     "log-prior": Trials("results/readers.py --reader log_prior", SITES_RATES, 0),
     "inner-prior": Trials("results/readers.py --reader inner_prior", SITES_STEPS, 4),
+    "inner-weights": Trials(
+        "results/readers.py --reader inner_weights", SITES_WEIGHTS, 0
+    ),
     "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 4),
     "contrastive": Trials(CONTRASTIVE, SITES_INNER, 2),
 }
@@ -375,6 +382,8 @@ SITES_ARMS = {
     "log-prior-128": f"{SITES_BEST['log-prior']} {SUPPORT} 128",
     "inner-prior-32": f"{SITES_BEST['inner-prior']} {SUPPORT} 32",
     "inner-prior-128": f"{SITES_BEST['inner-prior']} {SUPPORT} 128",
+    "inner-weights-32": SITES_BEST["inner-weights"],
+    "inner-prior-32-long": f"{SITES_BEST['inner-prior']} {SUPPORT} 32 --steps 3000",
     "inferred-128": f"{SITES_BEST['context']} --reader inferred {SUPPORT} 128",
     "learned-labels-32": f"{SITES_BEST['learned-labels']} {SUPPORT} 32",
     "learned-labels-128": f"{SITES_BEST['learned-labels']} {SUPPORT} 128",

@@ -13,6 +13,8 @@ log_prior  the logarithm of class probabilities' mean, the form of Bayes' rule
 inner_prior  a number a class that an inner loop moves, and it alone: MAML, whose inner
            loss compares it with labels that the second network gives to the support.
            One step adds alpha times their mean, as a forward pass could
+inner_weights  the same labels, of which the inner loss is that of the support's logits:
+           every weight of encoder and classifier moves
 inferred   the environment: a second network classifies each image's environment, the
            log-probabilities are added over the support, and the code of the winner is
            taken: prod p(e|x) ~ p(e|support), as images are independent given e and all
@@ -41,6 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import maml_ssl
@@ -123,6 +126,23 @@ class InnerPrior(Prior):
         return weights["offset"]
 
 
+class InnerWeights(InnerPrior):
+    def forward(self, support, environment, images):
+        network = nn.Sequential(self.encoder, self.classifier)
+        labels = self.reader(scaled(support)).softmax(1)
+
+        def logits(weights: maml_ssl.Weights, images: Tensor) -> Tensor:
+            return functional_call(network, weights, (scaled(images),))
+
+        def loss(weights: maml_ssl.Weights) -> Tensor:
+            return F.cross_entropy(logits(weights, support), labels)
+
+        with torch.enable_grad():
+            weights = dict(network.named_parameters())
+            weights, _ = maml_ssl.adapt(loss, weights, **self.inner)
+        return logits(weights, images)
+
+
 class Told(Reader):
     def __init__(self, base, args):
         super().__init__(base)
@@ -192,10 +212,12 @@ READERS = {
     "prior": Prior,
     "log_prior": LogPrior,
     "inner_prior": InnerPrior,
+    "inner_weights": InnerWeights,
     "inferred": Inferred,
     "told": Told,
     "batchnorm": BatchNorm,
 }
+INNER = ("inner_prior", "inner_weights")  # those with an inner loop
 
 
 def make_reader(args: argparse.Namespace) -> nn.Module:
@@ -260,17 +282,16 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("reader").add_argument
     add("--reader", choices=READERS, default="context", help="what reads the support")
     add("--support-batch-size", type=int, default=128, help="of each environment")
-    add("--inner-lr", type=float, help="alpha of inner_prior", **maml_ssl.DEPENDS)
-    add("--inner-steps", type=int, help="K of inner_prior", **maml_ssl.DEPENDS)
+    add("--inner-lr", type=float, help="alpha of an inner loop", **maml_ssl.DEPENDS)
+    add("--inner-steps", type=int, help="K", **maml_ssl.DEPENDS)
     args = maml_ssl.parse(parser, {}, {})
     args.name = args.name.replace("maml_ssl", "reader")
     if args.encoder or args.backbone != "conv" or args.amp:
         maml_ssl.fail("no --encoder, --amp or other --backbone: these are for the arms")
     inner = vars(args).keys() & {"inner_lr", "inner_steps"}
-    if len(inner) != (2 if args.reader == "inner_prior" else 0):
-        maml_ssl.fail(
-            "--reader inner_prior, and no other, has --inner-lr and --inner-steps"
-        )
+    if len(inner) != (2 if args.reader in INNER else 0):
+        which = " and ".join(INNER)
+        maml_ssl.fail(f"--inner-lr and --inner-steps are for {which}, which need both")
     if args.reader == "told" and args.dataset != "coloured_shapes":
         maml_ssl.fail("--reader told knows the rules of coloured_shapes alone")
     return args

@@ -89,8 +89,9 @@ def test_many_inner_steps_on_the_logits_find_the_logarithm():
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
-def test_the_outer_gradient_goes_through_the_inner_step_to_the_labels():
-    model, support = make("inner_prior", inner_lr=0.7).double(), images(8).double()
+@pytest.mark.parametrize("reader", readers.INNER)
+def test_the_outer_gradient_goes_through_the_inner_step_to_the_labels(reader):
+    model, support = make(reader, inner_lr=0.7).double(), images(8).double()
     query, labels = images(5, seed=1).double(), torch.tensor([0, 1, 2, 0, 1])
     parameter = model.reader[-1][-1].bias  # of what gives the labels
     loss = model.loss(support, 0, query, labels)
@@ -101,6 +102,21 @@ def test_the_outer_gradient_goes_through_the_inner_step_to_the_labels():
         sides.append(model.loss(support, 0, query, labels).item())
     assert slope == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5)
     assert slope != 0
+
+
+def test_an_inner_step_on_all_weights_is_the_one_of_torch():
+    model, support, query = make("inner_weights", inner_steps=1), images(8), images(5)
+    with torch.no_grad():  # as at the evaluation
+        said = model(support, 0, query)
+        labels = model.reader(readers.scaled(support)).softmax(1)
+    network = torch.nn.Sequential(model.encoder, model.classifier)
+    log_p = network(readers.scaled(support)).log_softmax(1)
+    torch.optim.SGD(network.parameters(), lr=3.0).zero_grad()
+    (-(labels * log_p).sum(1).mean()).backward()
+    before = network(readers.scaled(query))
+    torch.optim.SGD(network.parameters(), lr=3.0).step()
+    assert torch.allclose(said, network(readers.scaled(query)), atol=1e-5)
+    assert not torch.allclose(said, before, atol=1e-2)
 
 
 def test_inference_of_the_true_environment_is_the_told_network(monkeypatch):
