@@ -6,6 +6,7 @@ they are worth to a classifier is measured by its output alone:
 
     plain          its answer
     em             after the frequencies that EM finds in the site's unlabelled images
+    em prior       after those that are found with a prior, fitted to training's sites
     known          after the site's true frequencies
     most frequent  the site's most frequent class, whatever the image
 
@@ -169,6 +170,40 @@ def em_frequencies(probabilities: np.ndarray, prior: np.ndarray) -> np.ndarray:
     return frequencies
 
 
+def fit_concentration(counts: np.ndarray) -> float:
+    """How alike sites are, from how often each class is in each site: int [S, C].
+
+    The concentration, .01 to 10,000, of a symmetric Dirichlet distribution with the
+    greatest likelihood when frequencies are drawn from it and then images from these
+    (Dirichlet-multinomial: Minka 2000, Estimating a Dirichlet distribution).
+    """
+    n = torch.from_numpy(counts).double()
+    a = torch.from_numpy(np.geomspace(0.01, 10_000, 121))[:, None]  # [121, 1]
+    total = n.shape[1] * a
+    likelihood = (total.lgamma() - (total + n.sum(1)).lgamma()).sum(1)
+    of_class = (n + a[..., None]).lgamma() - a[..., None].lgamma()  # [121, S, C]
+    return a[(likelihood + of_class.sum((1, 2))).argmax()].item()
+
+
+def expected_frequencies(
+    probabilities: np.ndarray, prior: np.ndarray, concentration: float
+) -> np.ndarray:
+    """As em_frequencies, but a site's frequencies are a draw from a Dirichlet.
+
+    Variational Bayes: frequencies are a Dirichlet again, each image's class depends on
+    the mean of their logarithms (Bishop 2006, section 10.2); its mean is given back.
+    """
+    images, classes = probabilities.shape
+    counts = np.full(classes, concentration + images / classes)
+    for _ in range(10_000):
+        before = counts
+        weights = torch.from_numpy(counts).digamma().exp().numpy()
+        counts = concentration + adjust(probabilities, prior, weights).sum(0)
+        if np.abs(counts - before).max() < 1e-6 * images:
+            break
+    return counts / counts.sum()
+
+
 def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """softmax(logits / T), [N, C]; 1 changes nothing."""
     tiny = np.finfo(np.float32).tiny
@@ -203,23 +238,27 @@ def ways(
     labels: np.ndarray,
     frequencies: np.ndarray,
     prior: np.ndarray,
+    concentration: float,
     T: float,
 ) -> dict[str, np.ndarray]:
     """Which images of a site each way gets right, bool [N].
 
     support_probabilities: of the site's unlabelled images, [M, C], for EM.
     probabilities, labels: of what is scored, [N, C] and [N]. frequencies, prior: the
-    site's true ones, and those of training, [C]. T: temperature, before all else.
+    site's true ones, and those of training, [C]. concentration: of training's sites.
+    T: temperature, before all else.
 
-    For a classifier of single images em and known are Bayes' rule. One that has seen
+    For a classifier of single images these are Bayes' rule. One that has seen
     the site's images (adapted, or with a context) may have read the frequencies there
-    and so count them twice: for it both are a heuristic, with a uniform prior.
+    and so count them twice: for it they are a heuristic, with a uniform prior.
     """
     support, scored = temper(support_probabilities, T), temper(probabilities, T)
     found = em_frequencies(support, prior)
+    expected = expected_frequencies(support, prior, concentration)
     answers = {
         "plain": scored.argmax(1),
         "em": adjust(scored, prior, found).argmax(1),
+        "em prior": adjust(scored, prior, expected).argmax(1),
         "known": adjust(scored, prior, frequencies).argmax(1),
         "most frequent": np.full(len(labels), frequencies.argmax()),
     }
@@ -245,6 +284,14 @@ def class_frequencies(labels: Tensor, classes: int) -> np.ndarray:
     return np.bincount(labels.cpu().numpy(), minlength=classes) / len(labels)
 
 
+def site_counts(split: pretext.Split, classes: int) -> np.ndarray:
+    """int [S, C]: of each site that has images."""
+    pairs = split.environments * classes + split.labels
+    counts = pairs.cpu().bincount(minlength=classes * (split.environments.max() + 1))
+    counts = counts.reshape(-1, classes).numpy()
+    return counts[counts.any(1)]
+
+
 def run_predict(predict: Predict, support: Tensor, images: Tensor) -> np.ndarray:
     return predict(support, images).detach().cpu().double().numpy()
 
@@ -264,6 +311,7 @@ def measure(predict: Predict, data: pretext.Data, T: float) -> Rows:
     """
     classes, names, results = len(data.classes), data.environments, []
     prior = class_frequencies(data.train.labels, classes)
+    concentration = fit_concentration(site_counts(data.train, classes))
     sites = data.test.environments.unique().tolist()
     for site in sites:
         support = support_of(data, site)
@@ -275,6 +323,7 @@ def measure(predict: Predict, data: pretext.Data, T: float) -> Rows:
             scored.labels.cpu().numpy(),
             class_frequencies(everything, classes),
             prior,
+            concentration,
             T,
         )
         results.append({way: right.mean() for way, right in correct.items()})

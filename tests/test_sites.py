@@ -138,6 +138,42 @@ def test_em_finds_the_frequencies_shifted_or_not(frequencies):
     assert np.abs(found - frequencies).max() < 0.04  # three standard errors
 
 
+@pytest.mark.parametrize("true", [0.2, 1, 20])
+def test_how_alike_sites_are_is_found_again(true):
+    frequencies = generator().dirichlet(np.full(5, true), 300)
+    counts = np.stack(
+        [generator(i).multinomial(200, f) for i, f in enumerate(frequencies)]
+    )
+    assert sites.fit_concentration(counts) == pytest.approx(true, rel=0.25)
+    assert sites.fit_concentration(np.full((300, 5), 40)) == pytest.approx(10_000)
+
+
+def test_with_labels_for_certain_the_frequencies_are_the_dirichlets_mean():
+    counts = np.array([6, 0, 1])
+    certain = np.eye(3)[np.repeat(range(3), counts)]
+    found = sites.expected_frequencies(certain, PRIOR, 0.5)
+    assert np.allclose(found, (counts + 0.5) / (7 + 1.5))
+
+
+def test_the_more_alike_sites_are_the_less_images_count():
+    points, _ = draw(SHIFTED, 2000)
+    probabilities = posterior(points, PRIOR)
+    found = sites.expected_frequencies(probabilities, PRIOR, 1.0)
+    assert np.abs(found - SHIFTED).max() < 0.04  # as EM with so many images
+    few = probabilities[:20]
+    uniform = sites.expected_frequencies(few, PRIOR, 10_000)
+    assert np.allclose(uniform, 1 / 3, atol=0.001)
+    # sites alike, few images: EM finds what is not there
+    far = [np.abs(f - 1 / 3).max() for f in (sites.em_frequencies(few, PRIOR), uniform)]
+    assert far[0] > 0.1 > far[1]
+
+
+def test_counts_are_of_each_site_that_has_images():
+    homes, labels = torch.tensor([2, 0, 2, 2]), torch.tensor([1, 0, 1, 2])
+    split = pretext.Split(torch.zeros(4, 3, 8, 8), labels, homes)
+    assert sites.site_counts(split, 3).tolist() == [[1, 0, 0], [0, 2, 1]]
+
+
 @pytest.mark.parametrize("true", [0.5, 1, 3])
 def test_temperature_is_found_again(true):
     logits = torch.from_numpy(generator().normal(size=(20_000, 5)) * 2)
@@ -190,6 +226,7 @@ def test_known_frequencies_beat_those_of_em_and_both_beat_none(data):
     ]
     mean = {way: accuracy.mean() for way, accuracy in rows.accuracy.items()}
     assert mean["known"] >= mean["em"] > mean["plain"] + 0.03
+    assert mean["known"] >= mean["em prior"] > mean["plain"] + 0.03
     assert mean["known"] > mean["most frequent"] + 0.01
     # naively: the most frequent class of all 400 images, of those scored
     for site, accuracy in enumerate(rows.accuracy["most frequent"]):
@@ -277,7 +314,7 @@ def test_the_lines_of_a_run_have_each_way_with_the_temperature_of_its_trial(
     trial = f"tune-sites/prior-{best}/seed100"
     runs = [f"sites-0.2/{run}/seed7" for run in ("prior-32", "prior-128", "joint")]
     assert sorted(loaded) == sorted([trial, *runs])  # the trial once
-    ways = ["plain", "em", "known", "most frequent"]
+    ways = ["plain", "em", "em prior", "known", "most frequent"]
     assert [line.split(",")[:3] for line in lines] == [
         *([run, "7", way] for run in ("prior-32", "prior-128") for way in ways),
         ["joint", "7", "plain"],  # without a trial no more can be said
