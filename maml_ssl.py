@@ -872,12 +872,14 @@ def start(main: Callable[[], None]) -> None:
 # --- the arm's own arguments ---
 ONE = {"inner": "per-task", "inner_lr": 0.01, "pretext_weight": 0.3}
 SEVERAL = {"inner": "joint", "inner_lr": 3.0, "pretext_weight": 0.1}
+NASH = {"inner_lr": 0.3}  # its step is alpha sqrt(T) long, whatever the gradients
 
 
 def parse_args() -> argparse.Namespace:
     parser = common_arguments()
     parser.set_defaults(lr=2e-3)
     parser.epilog = f"Defaults with one environment: {ONE}, with several: {SEVERAL}"
+    parser.epilog += f", then with --balance nash: {NASH}"
     add = parser.add_argument_group("algorithm").add_argument
     usual = f"the inner loop's; None: {' '.join(pretext.DEFAULT_TASKS)}"
     add("--pretext", nargs="+", choices=pretext.TASKS, help=usual)
@@ -888,14 +890,15 @@ def parse_args() -> argparse.Namespace:
     add("--pretext-weight", type=float, help="beta", **DEPENDS)
     choices, how = ("per-task", "joint"), "a loop for each task, or one for all"
     add("--inner", choices=choices, help=how, **DEPENDS)
-    choices, how = ("mean", "nash"), "weights of tasks; nash: try --inner-lr 0.3"
+    choices, how = ("mean", "nash"), "weights of the tasks in one loop"
     add("--balance", choices=choices, default="mean", help=how)
     choices, how = ("disjoint", "query"), "query: the query images, unlabelled"
     add("--support", choices=choices, default="disjoint", help=how)
     add("--support-batch-size", type=int, default=32, help="images of each task")
     choices, how = ("target", "both"), "both: those of --source too, unlabelled"
     add("--pretext-images", choices=choices, default="target", help=how)
-    args = parse(parser, ONE, SEVERAL)
+    nash = parser.parse_args().balance == "nash"
+    args = parse(parser, ONE, SEVERAL | NASH if nash else SEVERAL)
     learned = [name for name in args.pretext or [] if name in pretext.LEARNED]
     if min(args.inner_steps, args.support_batch_size) < 1 or args.inner_lr < 0:
         fail("--inner-steps and --support-batch-size: from 1 up; --inner-lr: from 0 up")

@@ -422,6 +422,10 @@ def test_each_dataset_has_its_own_defaults_and_what_is_given_stands():
     assert (args.batch_size, args.steps, args.lr) == (128, 600, 0.002)
     assert (args.inner, args.inner_lr, args.pretext_weight) == ("joint", 3, 0.1)
     assert args.name == "maml_ssl-coloured_shapes-image_size=32"
+    args = call("parse_args", "maml_ssl", "--balance", "nash")
+    assert (args.inner_lr, args.pretext_weight) == (0.3, 0.1)
+    args = call("parse_args", "maml_ssl", "--balance", "nash", "--inner-lr", 3)
+    assert args.inner_lr == 3 and "inner_lr=3" in args.name
     other = call("parse_args", "linear_probe", "--pretrain-steps", 7)
     assert (other.image_size, other.width, other.lr) == (16, 8, 0.001)
     assert other.pretrain_steps == 7

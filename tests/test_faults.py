@@ -214,7 +214,8 @@ def test_a_finished_run_says_so_and_two_runs_do_not_mix(tmp_path, capsys):
 def test_a_changed_flag_is_refused_by_its_name_and_changed_data_too(monkeypatch):
     before = files(out := undisturbed(MAML))
     flags = "lr .003,width 8,pretext contrastive,inner-lr 1,first-order,no-mirror"
-    for flag in f"{flags},labels-per-class 5,balance nash,meta-batch-size 1".split(","):
+    flags += ",labels-per-class 5,balance nash --inner-lr 3,meta-batch-size 1"
+    for flag in flags.split(","):
         said = refused(["--name", "--overwrite"], MAML, out, *f"--{flag}".split())
         name = flag.split()[0].replace("no-", "").replace("-", "_")
         assert f"holds a run with {name} " in said
@@ -512,6 +513,7 @@ WORDS = ["", "\n", "a b", *WORDS.split(), "9" * 30, "x" * 5000]
 def test_a_thousand_random_commands_run_or_end_in_one_line(arm, capsys, monkeypatch):
     choose, module = random.Random(arm), importlib.import_module(arm)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [arm])
         patch.setattr(module, "parse", lambda parser, *_: sys.exit(parser))
         module.parse_args()
     actions = [a for a in stop.value.code._actions if a.dest != "help"]
