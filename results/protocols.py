@@ -360,7 +360,7 @@ SITES_STEPS = [
 ]
 SITES_WEIGHTS = [
     f"--lr .001 --inner-lr {inner_lr} --inner-steps 1 {SUPPORT} 32"
-    for inner_lr in (".1", ".03", ".3", "1", ".01")
+    for inner_lr in (".1", ".03", ".3", "1", ".01", ".003")
 ]
 SITES_TRIALS = {
     "scratch": Trials(FROM_SCRATCH, SITES_RATES, 0),
@@ -369,7 +369,7 @@ SITES_TRIALS = {
     "log-prior": Trials("results/readers.py --reader log_prior", SITES_RATES, 0),
     "inner-prior": Trials("results/readers.py --reader inner_prior", SITES_STEPS, 4),
     "inner-weights": Trials(
-        "results/readers.py --reader inner_weights", SITES_WEIGHTS, 1
+        "results/readers.py --reader inner_weights", SITES_WEIGHTS, 4
     ),
     "learned-labels": Trials(LEARNED_LABELS, SITES_LABELS, 4),
     "contrastive": Trials(CONTRASTIVE, SITES_INNER, 2),
