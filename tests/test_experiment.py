@@ -211,7 +211,7 @@ def test_what_is_run_at_sites_is_the_best_of_its_trials(arm):
     assert len(found) >= 3 and max(found)[1] == chosen.best
 
 
-@pytest.mark.parametrize("arm", sorted(set(READER_TRIALS) - {"maml"}))  # not run yet
+@pytest.mark.parametrize("arm", sorted(READER_TRIALS))
 def test_what_is_run_on_shapes_is_the_best_of_its_trials(arm):
     trials = compare.group(compare.read([RESULTS / "tune-readers.csv"]))["tune-readers"]
     chosen, found = READER_TRIALS[arm], []
