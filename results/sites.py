@@ -190,8 +190,10 @@ def expected_frequencies(
 ) -> np.ndarray:
     """As em_frequencies, but a site's frequencies are a draw from a Dirichlet.
 
-    Variational Bayes: frequencies are a Dirichlet again, each image's class depends on
-    the mean of their logarithms (Bishop 2006, section 10.2); its mean is given back.
+    It is symmetric: over all sites the classes are equally frequent. Variational Bayes,
+    from equal frequencies on: these are a Dirichlet again, each image's class depends
+    on the mean of their logarithms (Bishop 2006, section 10.2), and its mean is given
+    back. An approximation, and one optimum of several if the concentration is below 1.
     """
     images, classes = probabilities.shape
     counts = np.full(classes, concentration + images / classes)
