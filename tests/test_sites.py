@@ -155,6 +155,16 @@ def test_with_labels_for_certain_the_frequencies_are_the_dirichlets_mean():
     assert np.allclose(found, (counts + 0.5) / (7 + 1.5))
 
 
+def test_frequencies_are_the_fixed_point_of_variational_bayes():
+    points, _ = draw(SHIFTED, 20)
+    probabilities = posterior(points, PRIOR)
+    found = sites.expected_frequencies(probabilities, PRIOR, 0.5)
+    counts = found * (20 + 3 * 0.5)
+    logarithm = np.log(generator().dirichlet(counts, 100_000)).mean(0)
+    answers = sites.adjust(probabilities, PRIOR, np.exp(logarithm))
+    assert np.allclose(0.5 + answers.sum(0), counts, atol=0.02)
+
+
 def test_the_more_alike_sites_are_the_less_images_count():
     points, _ = draw(SHIFTED, 2000)
     probabilities = posterior(points, PRIOR)
