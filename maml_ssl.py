@@ -897,7 +897,7 @@ def parse_args() -> argparse.Namespace:
     add("--support-batch-size", type=int, default=32, help="images of each task")
     choices, how = ("target", "both"), "both: those of --source too, unlabelled"
     add("--pretext-images", choices=choices, default="target", help=how)
-    nash = parser.parse_args().balance == "nash"
+    nash = parser.parse_args().balance == "nash"  # read once more by `parse`
     args = parse(parser, ONE, SEVERAL | NASH if nash else SEVERAL)
     learned = [name for name in args.pretext or [] if name in pretext.LEARNED]
     if min(args.inner_steps, args.support_batch_size) < 1 or args.inner_lr < 0:

@@ -13,8 +13,8 @@ log_prior  the logarithm of class probabilities' mean, the form of Bayes' rule
 inner_prior  a number a class that an inner loop moves, and it alone: MAML, whose inner
            loss compares it with labels that the second network gives to the support.
            One step adds alpha times their mean, as a forward pass could
-inner_weights  the same labels, of which the inner loss is that of the support's logits:
-           every weight of encoder and classifier moves
+inner_weights  such labels too, but the inner loss compares them with the support's own
+           logits: every weight of encoder and classifier moves
 inferred   the environment: a second network classifies each image's environment, the
            log-probabilities are added over the support, and the code of the winner is
            taken: prod p(e|x) ~ p(e|support), as images are independent given e and all
@@ -126,7 +126,12 @@ class InnerPrior(Prior):
         return weights["offset"]
 
 
-class InnerWeights(InnerPrior):
+class InnerWeights(Reader):
+    def __init__(self, base, args):
+        super().__init__(base)
+        self.reader = second_network(args, args.n_classes)
+        self.inner = {"lr": args.inner_lr, "steps": args.inner_steps}
+
     def forward(self, support, environment, images):
         network = nn.Sequential(self.encoder, self.classifier)
         labels = self.reader(scaled(support)).softmax(1)

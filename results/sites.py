@@ -250,9 +250,10 @@ def ways(
     site's true ones, and those of training, [C]. concentration: of training's sites.
     T: temperature, before all else.
 
-    For a classifier of single images these are Bayes' rule. One that has seen
-    the site's images (adapted, or with a context) may have read the frequencies there
-    and so count them twice: for it they are a heuristic, with a uniform prior.
+    For a classifier of single images em, em prior and known are Bayes' rule, with the
+    frequencies that they have. One that has seen the site's images (adapted, or with a
+    context) may have read the frequencies there and so count them twice: for it they
+    are a heuristic, with a uniform prior.
     """
     support, scored = temper(support_probabilities, T), temper(probabilities, T)
     found = em_frequencies(support, prior)

@@ -199,26 +199,28 @@ def test_a_run_gets_the_sites_of_its_own_seed(monkeypatch):
 
 
 # --- the CSV files ---
-@pytest.mark.parametrize("arm", SITES_TRIALS)
-def test_what_is_run_at_sites_is_the_best_of_its_trials(arm):
-    trials = compare.group(compare.read([RESULTS / "tune-sites.csv"]))["tune-sites"]
-    chosen, found = SITES_TRIALS[arm], []
+def tried(protocol, arm, chosen):
+    """The logs of an arm's trials and the accuracies that count, by their places."""
+    runs = compare.group(compare.read([RESULTS / f"{protocol}.csv"]))[protocol]
     y = "accuracy_adapted" if chosen.command.startswith("maml_ssl") else "accuracy"
     for i in range(len(chosen.settings)):
-        for run in trials.get(f"{arm}-{i}", []):
-            place = np.flatnonzero(run.log["total_step"] >= 1000)[0]
-            found.append((run.log[y][place], i))
+        for run in runs.get(f"{arm}-{i}", []):
+            yield i, run.log, run.log[y]
+
+
+@pytest.mark.parametrize("arm", SITES_TRIALS)
+def test_what_is_run_at_sites_is_the_best_of_its_trials(arm):
+    chosen, found = SITES_TRIALS[arm], []
+    for i, log, accuracy in tried("tune-sites", arm, chosen):
+        found.append((accuracy[np.flatnonzero(log["total_step"] >= 1000)[0]], i))
     assert len(found) >= 3 and max(found)[1] == chosen.best
 
 
 @pytest.mark.parametrize("arm", sorted(READER_TRIALS))
 def test_what_is_run_on_shapes_is_the_best_of_its_trials(arm):
-    trials = compare.group(compare.read([RESULTS / "tune-readers.csv"]))["tune-readers"]
     chosen, found = READER_TRIALS[arm], []
-    y = "accuracy_adapted" if chosen.command.startswith("maml_ssl") else "accuracy"
-    for i in range(len(chosen.settings)):
-        for run in trials.get(f"{arm}-{i}", []):
-            found.append((run.log[y][-3:].mean(), -i))  # of equal ones the first
+    for i, _, accuracy in tried("tune-readers", arm, chosen):
+        found.append((accuracy[-3:].mean(), -i))  # of equal ones the first
     assert len(found) >= 2 and -max(found)[1] == chosen.best
 
 

@@ -111,7 +111,6 @@ def test_an_inner_step_on_all_weights_is_the_one_of_torch():
         labels = model.reader(readers.scaled(support)).softmax(1)
     network = torch.nn.Sequential(model.encoder, model.classifier)
     log_p = network(readers.scaled(support)).log_softmax(1)
-    torch.optim.SGD(network.parameters(), lr=3.0).zero_grad()
     (-(labels * log_p).sum(1).mean()).backward()
     before = network(readers.scaled(query))
     torch.optim.SGD(network.parameters(), lr=3.0).step()
